@@ -1,0 +1,1 @@
+"""Configuration: typed sections (schema), reading them from TOML (load), rules across keys (rules)."""
