@@ -69,9 +69,7 @@ def _tensor(key: str, kind: Kind, layer: int | None, axes: dict[str, int], **sha
 def logical_tensors(model: ModelConfig) -> Iterator[LogicalTensor]:
     """Every tensor of the model in the order of the forward pass, selection biases included."""
     D, V = model.hidden_size, model.vocab_size
-    yield _tensor(
-        "embedding.word_embeddings.weight", "embedding", None, {"vocab": V, "hidden": D}, vocab="tensor"
-    )
+    yield _tensor("embedding.word_embeddings.weight", "embedding", None, {"vocab": V, "hidden": D}, vocab="tensor")
     for layer in range(model.num_layers):
         yield from _attention_tensors(model, layer)
         if model.is_moe and layer >= model.first_dense_layers:
@@ -110,9 +108,7 @@ def _attention_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor
 
 def _swiglu_tensors(prefix: str, layer: int, ffn_axis: str, F: int, D: int) -> Iterator[LogicalTensor]:
     split: dict[str, MeshAxis] = {ffn_axis: "tensor"}
-    yield _tensor(
-        f"{prefix}.linear_fc1.weight", "matrix", layer, {"gate_up": 2, ffn_axis: F, "hidden": D}, **split
-    )
+    yield _tensor(f"{prefix}.linear_fc1.weight", "matrix", layer, {"gate_up": 2, ffn_axis: F, "hidden": D}, **split)
     yield _tensor(f"{prefix}.linear_fc2.weight", "matrix", layer, {"hidden": D, ffn_axis: F}, **split)
 
 
@@ -139,6 +135,4 @@ def _moe_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor]:
         expert_ffn="expert_tensor",
     )
     if model.shared_expert_ffn_size:
-        yield from _swiglu_tensors(
-            f"{prefix}.shared_experts", layer, "shared_ffn", model.shared_expert_ffn_size, D
-        )
+        yield from _swiglu_tensors(f"{prefix}.shared_experts", layer, "shared_ffn", model.shared_expert_ffn_size, D)

@@ -7,12 +7,18 @@ into a megatron-core ShardedTensor under a key of its own.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from pretrain.model.logical import LogicalTensor
+from pretrain.config.schema import ModelConfig
+from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.model.transformer_engine import TE_NAMES
 
 
 @dataclass(frozen=True)
@@ -56,3 +62,77 @@ class Shard:
             axis_fragmentations=tuple(g // s for g, s in zip(self.logical.shape, self.shape, strict=True)),
             replica_id=self.replica_id,
         )
+
+
+def collect_shards(
+    chunks: Sequence[torch.nn.Module], model: ModelConfig, groups: ProcessGroupCollection
+) -> list[Shard]:
+    """Shards of all weights and persistent buffers of this rank's model chunks, in the model's order.
+
+    Raises:
+        AssertionError: a parameter that no logical tensor describes, or that fills another box than described.
+    """
+    logical = {tensor.key: tensor for tensor in logical_tensors(model)}
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.dp_cp}
+    shards = []
+    for chunk in chunks:
+        owned = (*chunk.parameters(), *chunk.buffers())
+        by_pointer = {tensor.data_ptr(): tensor for tensor in owned}
+        for item in chunk.sharded_state_dict(metadata=metadata).values():
+            if isinstance(item, ShardedObject):
+                continue  # An empty `_extra_state` of megatron-core's linears.
+            shards.append(_locate(logical[_logical_key(item.key)], item, by_pointer[item.data.data_ptr()]))
+        covered = {id(shard.tensor) for shard in shards}
+        missing = [name for name, parameter in chunk.named_parameters() if id(parameter) not in covered]
+        assert not missing, f"parameters without a logical tensor: {missing}"
+    order = {key: position for position, key in enumerate(logical)}
+    return sorted(shards, key=lambda shard: (order[shard.key], shard.offset))
+
+
+def _logical_key(key: str) -> str:
+    """The logical key of a tensor under megatron-core's name for it."""
+    for theirs, ours in TE_NAMES.items():
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
+
+
+def _locate(logical: LogicalTensor, item: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor) -> Shard:
+    """The box of `logical` that megatron-core's description `item` of `tensor` amounts to."""
+    if isinstance(item, ShardedTensorFactory):
+        # Fused gate and up: megatron-core splits them into two boxes; the gate's place is that of both.
+        item = item.build()[0]
+    offset = _unravel(item.global_offset, item.global_shape, logical)
+    replica = tuple(item.replica_id)
+    shape = list(logical.shape)
+    for axis, name in enumerate(logical.axes):
+        if name in logical.sharded:
+            rest = math.prod(shape[:axis] + shape[axis + 1 :])
+            # One sharded axis at a time explains the element count, except for experts, which come as boxes.
+            shape[axis] = item.local_shape[axis] if _is_box(item, logical) else tensor.numel() // rest
+    assert math.prod(shape) == tensor.numel(), f"{logical.key}: box {shape} for a tensor of {tuple(tensor.shape)}"
+    return Shard(logical, offset, tuple(shape), tensor, replica)
+
+
+def _is_box(item: ShardedTensor, logical: LogicalTensor) -> bool:
+    """Whether `item` is given in logical axes already, as our own experts do."""
+    return tuple(item.global_shape) == logical.shape
+
+
+def _unravel(offset: Sequence[int], shape: Sequence[int], logical: LogicalTensor) -> tuple[int, ...]:
+    """Offset in megatron-core's fused axes -> offset in logical axes (a fused axis is a product of several)."""
+    assert math.prod(shape) == logical.numel, f"{logical.key}: {tuple(shape)} in megatron-core, {logical.shape} here"
+    result: list[int] = []
+    axis = 0
+    for start, size in zip(offset, shape, strict=True):
+        remaining, covered, place = size, 1, start
+        while covered < size:
+            covered *= logical.shape[axis]
+            remaining //= logical.shape[axis]
+            result.append(place // remaining)
+            place %= remaining
+            axis += 1
+        assert covered == size, f"{logical.key}: axis of {size} is no product of {logical.shape}"
+        assert place == 0, f"{logical.key}: offset {start} splits a fused axis"
+    result.extend([0] * (len(logical.shape) - axis))
+    return tuple(result)

@@ -1,0 +1,122 @@
+"""Build this rank's part of the model: one megatron-core GPTModel per pipeline chunk."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from pretrain.config.schema import ModelConfig, ParallelConfig
+from pretrain.model import transformer_engine
+from pretrain.model.native import NativeBackend
+from pretrain.model.router import CountingRouter, PlainSigmoidRouter
+from pretrain.model.transformer_config import transformer_config
+
+
+def choose_backend(model: ModelConfig) -> BackendSpecProvider:
+    """The layer implementations for `model.backend` on this machine."""
+    use_te = torch.cuda.is_available() and transformer_engine.is_available()
+    if model.backend == "transformer_engine" or (model.backend == "auto" and use_te):
+        return transformer_engine.backend()
+    return NativeBackend()
+
+
+def build_chunks(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    precision: str,
+    sequence_length: int,
+    groups: ProcessGroupCollection,
+) -> list[GPTModel]:
+    """This rank's pipeline chunks, in order, with uninitialised weights (see `pretrain.model.initialise`)."""
+    config = transformer_config(model, parallel, precision)
+    backend = choose_backend(model)
+    stage, stages, chunks = groups.pp.rank(), groups.pp.size(), parallel.pipeline_chunks
+    built = []
+    for chunk in range(chunks):
+        vp_stage = chunk if chunks > 1 else None
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(model, config, backend, vp_stage=vp_stage, stage=stage),
+            vocab_size=model.vocab_size,
+            max_sequence_length=sequence_length,
+            pre_process=stage == 0 and chunk == 0,
+            post_process=stage == stages - 1 and chunk == chunks - 1,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        built.append(gpt)
+    return built
+
+
+def _block_spec(
+    model: ModelConfig,
+    config: TransformerConfig,
+    backend: BackendSpecProvider,
+    *,
+    vp_stage: int | None,
+    stage: int,
+) -> TransformerBlockSubmodules:
+    """Specs of the layers in one chunk of one stage."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
+    layers = [
+        _layer_spec(model, backend, is_moe=model.is_moe and layer >= model.first_dense_layers)
+        for layer in range(first, first + count)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
+
+
+def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, *, is_moe: bool) -> ModuleSpec:
+    """One decoder layer: pre-norm attention and pre-norm MLP or experts."""
+    fused_norm = backend.fuse_layernorm_and_linear()
+    norm = backend.layer_norm(rms_norm=True)
+    qk_norm = backend.layer_norm(rms_norm=True, for_qk=True) if model.qk_norm else IdentityOp
+    mlp = get_mlp_module_spec_for_backend(
+        backend, num_experts=model.num_experts if is_moe else None, moe_grouped_gemm=True
+    )
+    if is_moe:
+        plain_sigmoid = model.router.score_function == "sigmoid" and not model.router.normalize_top_k
+        mlp.submodules.router = PlainSigmoidRouter if plain_sigmoid else CountingRouter
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=IdentityOp if fused_norm else norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_layer_norm_linear()
+                    if fused_norm
+                    else backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            # TE fuses the norm into a dense MLP's first projection, but never into experts.
+            pre_mlp_layernorm=IdentityOp if fused_norm and not is_moe else norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

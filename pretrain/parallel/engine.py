@@ -1,0 +1,144 @@
+"""The model as it trains on this rank: megatron-core's DDP-wrapped chunks, and a pass over one global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from pretrain.config.schema import BatchConfig, Config
+from pretrain.model.build import build_chunks
+from pretrain.model.initialise import initialise
+from pretrain.model.shards import Shard, collect_shards
+from pretrain.parallel.mesh import Mesh
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Engine:
+    """This rank's part of the model, ready to train."""
+
+    chunks: list[GPTModel]
+    """Bare chunks, in pipeline order."""
+    wrapped: list[DistributedDataParallel]
+    shards: list[Shard]
+    mesh: Mesh
+    batch: BatchConfig
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes per rank and optimizer step."""
+        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.mesh.data_size)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the step before."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+
+    def forward_backward(self, microbatches: Iterator[Batch]) -> torch.Tensor:
+        """Mean loss over a global batch, its gradients left in every parameter's `main_grad`, reduced over all ranks.
+
+        Args:
+            microbatches: this rank's micro-batches: tokens and labels [B, S].
+
+        Returns:
+            Loss in nats per token, fp32 scalar, the same on every rank.
+        """
+        self.zero_grad()
+        return self._run(microbatches, self.microbatches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Iterator[Batch], count: int) -> torch.Tensor:
+        """Mean loss over `count` micro-batches per rank, without touching gradients or router statistics."""
+        for chunk in self.wrapped:
+            chunk.eval()
+        loss = self._run(microbatches, count, forward_only=True)
+        for chunk in self.wrapped:
+            chunk.train()
+        return loss
+
+    def _run(self, microbatches: Iterator[Batch], count: int, *, forward_only: bool) -> torch.Tensor:
+        data: Iterator[Batch] | list[Iterator[Batch]] = microbatches
+        if len(self.wrapped) > 1:
+            # Every chunk of the interleaved schedule walks the same micro-batches at its own pace.
+            loaded = list(microbatches)
+            data = [iter(loaded) for _ in self.wrapped]
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=data,
+            model=self.wrapped,
+            num_microbatches=count,
+            seq_length=self.batch.sequence_length,
+            micro_batch_size=self.batch.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return self._mean_loss([output["loss"] for output in outputs])
+
+    def _mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        groups = self.mesh.groups
+        total = torch.zeros((), dtype=torch.float32, device=self.mesh.device)
+        if losses:
+            total = torch.stack(losses).double().mean().float()
+            dist.all_reduce(total, group=groups.dp_cp)
+            total /= groups.dp_cp.size()
+        # Only the last stage has losses; adding zeros spreads them.
+        dist.all_reduce(total, group=groups.pp)
+        return total
+
+
+def build_engine(config: Config, mesh: Mesh) -> Engine:
+    """Build, initialise and wrap this rank's chunks."""
+    chunks = build_chunks(
+        config.model,
+        parallel=config.parallel,
+        precision=config.run.precision,
+        sequence_length=config.batch.sequence_length,
+        groups=mesh.groups,
+    )
+    megatron = chunks[0].config
+    modules: list[torch.nn.Module] = [chunk.to(mesh.device) for chunk in chunks]
+    if megatron.bf16:
+        modules = [Float16Module(megatron, module) for module in modules]
+    shards = collect_shards(chunks, config.model, mesh.groups)
+    initialise(shards, config.model, config.run.seed)
+    wrapped = [
+        DistributedDataParallel(
+            megatron,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=config.parallel.overlap_grad_reduce and mesh.groups.dp_cp.size() > 1,
+                use_distributed_optimizer=False,
+            ),
+            module,
+            # Overlap matters on the first chunk, whose backward comes last; megatron-core's own trainer does the same.
+            disable_bucketing=index > 0,
+            pg_collection=mesh.groups,
+        )
+        for index, module in enumerate(modules)
+    ]
+    megatron.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        syncs = [chunk.no_sync for chunk in wrapped]
+        megatron.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    return Engine(chunks, wrapped, shards, mesh, config.batch)
+
+
+def _forward_step(microbatches: Iterator[Batch], chunk: torch.nn.Module):
+    """megatron-core's forward step: losses [B, S] of a micro-batch and the function that averages them."""
+    batch = next(microbatches)
+    tokens = batch["tokens"]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    losses = chunk(tokens, positions, None, labels=batch["labels"])
+    return losses, _mean_of
+
+
+def _mean_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    loss = losses.float().mean()
+    return loss, {"loss": loss.detach().clone()}

@@ -1,0 +1,94 @@
+"""The parallel layout of this run: one frozen value, made here, passed down.
+
+megatron-core still reads its module-level `parallel_state` in places (schedules, embedding groups), so the mesh
+initialises that, too; our own code uses only the groups held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pretrain.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Process groups and this rank's place in them."""
+
+    groups: ProcessGroupCollection
+    config: ParallelConfig
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def data_rank(self) -> int:
+        """Index among the ranks that read different data (context-parallel ranks read the same)."""
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.groups.pp.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the first layers (of its first chunk)."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss (in its last chunk)."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes logs."""
+        return dist.get_rank() == 0
+
+
+def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
+    """Create the process groups of a layout; the default process group must exist and fit the layout."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.pipeline_chunks if parallel.pipeline_chunks > 1 else None,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+    # Layers without dropout draw nothing, but megatron-core's layers ask for the tracker's streams to exist.
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    return Mesh(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
+
+
+def destroy_mesh() -> None:
+    """Forget the layout, so that another one can be built in the same processes."""
+    parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def mesh_of(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
+    """The mesh for the time of a `with` block."""
+    mesh = build_mesh(parallel, device)
+    try:
+        yield mesh
+    finally:
+        destroy_mesh()
