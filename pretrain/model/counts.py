@@ -173,7 +173,8 @@ def _optimizer_bytes(config: Config, layout: Layout, local: Iterable[tuple[Logic
     Each shard is owned whole by one rank of the group that replicates it, dealt largest first to the emptiest.
     """
     master = FP32_BYTES if config.run.precision == "bf16" else 0  # fp32 weights are their own masters
-    dense, expert = [], []
+    dense: list[int] = []
+    expert: list[int] = []
     for tensor, numel in local:
         state = numel * (master + FP32_BYTES * _moments(tensor, config.optim))
         (expert if tensor.is_expert else dense).append(state)
