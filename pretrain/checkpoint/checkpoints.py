@@ -1,0 +1,180 @@
+"""A run's checkpoints: saving in the foreground or background, finding the newest valid one, retention."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+from pretrain.checkpoint.format import to_json
+from pretrain.checkpoint.ranks import Ranks
+from pretrain.checkpoint.steps import list_steps, recover, remove, step_name
+from pretrain.checkpoint.verify import hash_findings, read_manifest, verify_checkpoint
+from pretrain.checkpoint.write import write_checkpoint
+from pretrain.config.schema import CheckpointConfig
+from pretrain.errors import CheckpointError
+
+# Ranks wait for the slowest one's files. A rank that dies is noticed at once; this is for one that hangs.
+TIMEOUT = timedelta(hours=1)
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Every method but `steps` is collective over all ranks of the run.
+
+    `on_durable(path, seconds since the call of save)` is called on every rank once a checkpoint is complete and on
+    the disk; with `asynchronous`, on the thread that wrote it. `on_damaged(path, findings)` is called on every rank
+    for each checkpoint that `latest_valid` passes over.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        on_durable: Callable[[Path, float], None] | None = None,
+        on_damaged: Callable[[Path, Sequence[str]], None] | None = None,
+    ) -> None:
+        """Make the folder, check that it can be written to, and clear away what an interrupted save left."""
+        self.directory = directory
+        self.config = config
+        self.on_durable = on_durable
+        self.on_damaged = on_damaged
+        # A process group of our own, over the CPU: collectives of a background save on a shared group would mix
+        # with the training step's.
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_initialized() else None
+        self._ranks = Ranks(group)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                _prepare(directory)
+
+    def steps(self) -> dict[int, Path]:
+        """Step -> folder, oldest first, valid or not."""
+        return list_steps(self.directory)
+
+    def latest_valid(self, *, deep: bool = True) -> Path | None:
+        """The newest sound checkpoint; None when there is none at all.
+
+        Damaged ones are named in the log and to `on_damaged`, and passed over. With `deep`, the ranks share in
+        hashing the files. Raises CheckpointError when there are checkpoints but all are damaged: starting
+        from scratch is then for the user to decide.
+        """
+        names = self._ranks.broadcast([path.name for path in self.steps().values()])
+        problems = []
+        for path in (self.directory / name for name in reversed(names)):
+            findings = self._verify(path, deep=deep)
+            if not findings:
+                return path
+            problems.append(f"{path.name}: {findings[0]}")
+            if self._ranks.rank == 0:
+                _log.warning("%s is damaged and passed over: %s", path, "; ".join(findings))
+            if self.on_damaged:
+                self.on_damaged(path, findings)
+        if problems:
+            raise CheckpointError(
+                f"{self.directory}: all {len(problems)} checkpoints are damaged ({'; '.join(problems[:3])}); "
+                "restore one, or move the folder away to start from scratch"
+            )
+        return None
+
+    def save(
+        self, step: int, tensors: Sequence[ShardedTensor], *, state: Mapping[str, object], config_toml: str
+    ) -> None:
+        """Write the checkpoint of `step`, then remove those that retention no longer wants.
+
+        With `asynchronous`, returns when the tensors are copied to host memory (at most one copy at a time: a save
+        first waits for the one before). Raises the error of that one, or its own, as CheckpointError on all ranks.
+        """
+        started = time.monotonic()
+        self.wait()
+        with self._ranks.together():
+            # A copy in JSON terms: the loop goes on to change its state, and what is not JSON is found now.
+            state = json.loads(to_json(dict(state)))
+            if self.config.asynchronous:
+                tensors = [_on_host(tensor) for tensor in tensors if is_main_replica(tensor.replica_id)]
+        work = partial(self._save, step, tensors, state=state, config_toml=config_toml, started=started)
+        if self.config.asynchronous:
+            self._pending = self._writer.submit(work)
+        else:
+            work()
+
+    def wait(self) -> None:
+        """Return when no save is pending; call before exit. Raises the error of a background save."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _save(
+        self,
+        step: int,
+        tensors: Sequence[ShardedTensor],
+        *,
+        state: Mapping[str, object],
+        config_toml: str,
+        started: float,
+    ) -> None:
+        path = self.directory / step_name(step)
+        group = self._ranks.group
+        write_checkpoint(path, tensors, step=step, state=state, config_toml=config_toml, group=group)
+        with self._ranks.together():
+            if self.on_durable:
+                self.on_durable(path, time.monotonic() - started)
+            if self._ranks.rank == 0:
+                for old in expired(self.directory, self.config):
+                    remove(old)
+
+    def _verify(self, path: Path, *, deep: bool) -> list[str]:
+        """`verify_checkpoint`, with the files to hash dealt out to the ranks."""
+        findings = self._ranks.broadcast(verify_checkpoint(path, deep=False) if self._ranks.rank == 0 else [])
+        if deep and not findings:
+            with self._ranks.together():
+                manifest = read_manifest(path)
+                share = sorted(manifest.files)[self._ranks.rank :: self._ranks.size]
+                found = hash_findings(path, manifest, share)
+            findings = self._ranks.broadcast([finding for part in self._ranks.gather(found) for finding in part])
+        return findings
+
+
+def expired(directory: Path, config: CheckpointConfig) -> list[Path]:
+    """Checkpoints to remove: all that are older than the `keep` newest valid ones, but no pinned ones.
+
+    A damaged one does not count as one of the newest, so it never pushes out a good one.
+    """
+    valid = 0
+    old = []
+    for step, path in reversed(list_steps(directory).items()):
+        pinned = config.keep_every_steps > 0 and step % config.keep_every_steps == 0
+        if valid < config.keep:
+            valid += not verify_checkpoint(path, deep=False)
+        elif not pinned:
+            old.append(path)
+    return old
+
+
+def _prepare(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A folder that cannot be written to is better found now than at the first save.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        recover(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot keep checkpoints here: {error.strerror}") from error
+
+
+def _on_host(tensor: ShardedTensor) -> ShardedTensor:
+    return replace(tensor, data=tensor.data.detach().to("cpu", copy=True))
