@@ -9,6 +9,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from pretrain.metrics.formats import count, duration
+
 # A log gets a line after 5 s, later ones at 5 % of the time gone by, never less often than every minute: the start is
 # watched closely, and a week makes 10,000 lines.
 MIN_INTERVAL_SECONDS, MAX_INTERVAL_SECONDS, INTERVAL_SHARE = 5.0, 60.0, 0.05
@@ -79,11 +81,11 @@ class ProgressLine:
         parts = [
             "skipped" if skipped else f"loss {loss:.3f}",
             self._valid,
-            f"{human_count(tokens_per_second)} tokens/s",
+            f"{count(tokens_per_second)} tokens/s",
         ]
         left = self._eta.remaining_seconds(self._total - step)
         if left is not None and step < self._total:
-            parts.append(f"ETA {human_duration(left)}")
+            parts.append(f"ETA {duration(left)}")
         head, tail = f"step {step}/{self._total}", "  ".join(part for part in parts if part)
         if self._live is not None:
             self._live.update(self._task, completed=step, head=head, tail=tail)
@@ -110,25 +112,3 @@ class ProgressLine:
         self._printed_at = self._now()
         # soft_wrap: a line stays a line however narrow rich takes a log file to be.
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def human_count(value: float) -> str:
-    """Three digits and a unit: 950, 12.3k, 4.57M, 1.20T."""
-    for unit in ("", "k", "M", "G"):
-        if abs(value) < 999.5:
-            return f"{value:.3g}{unit}" if abs(value) < 99.95 else f"{value:.0f}{unit}"
-        value /= 1000
-    return f"{value:.3g}T"
-
-
-def human_duration(seconds: float) -> str:
-    """Two units: 45s, 3m20s, 5h07m, 12d03h."""
-    total = round(seconds)
-    minutes, hours, days = total // 60, total // 3600, total // 86400
-    if minutes < 1:
-        return f"{total}s"
-    if hours < 1:
-        return f"{minutes}m{total % 60:02d}s"
-    if days < 1:
-        return f"{hours}h{minutes % 60:02d}m"
-    return f"{days}d{hours % 24:02d}h"

@@ -25,10 +25,7 @@ from pretrain.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Whole words of a key: `tokens` and `tokenizer` are ordinary keys here, `hf_token` is not.
-SECRET_WORDS = frozenset(
-    ("key", "keys", "apikey", "token", "secret", "secrets", "password", "passwords", "passwd", "passphrase", "auth")
-    + ("credential", "credentials")
-)
+SECRET_WORD = re.compile(r"(api)?keys?|token|secrets?|pass(words?|wd|phrase)|credentials?|auth")
 REDACTED = "<redacted>"
 # Rows waiting for a wandb that does not take them; then rows are dropped, with one warning.
 MAX_QUEUED_ROWS = 10_000
@@ -174,7 +171,7 @@ def _mode() -> Literal["online", "offline", "disabled"]:
 
 def _is_secret(name: str) -> bool:
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
-    return not SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))
+    return any(SECRET_WORD.fullmatch(word) for word in re.split(r"[^a-z0-9]+", words))
 
 
 def _redact_value(value: Any) -> Any:

@@ -1,0 +1,152 @@
+"""The report on one or several runs: pictures, a table as Markdown, a summary for the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pretrain.errors import RunDirectoryError
+from pretrain.metrics.formats import count, duration, flop_count
+from pretrain.metrics.history import History, read_histories, series
+from pretrain.metrics.plot_moe import draw_moe
+from pretrain.metrics.plots import draw_loss, draw_lr_and_grad_norm, draw_throughput
+
+NONE = "-"
+
+
+def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write `report.md`, `loss.png`, `throughput.png`, `lr_gradnorm.png` and, when any run has experts, `moe.png`.
+
+    Returns the folder: `out`, or `report` in the run, or `report` beside several runs. Raises RunDirectoryError for
+    a folder that is no run, has no rows, or cannot be written to.
+    """
+    histories = read_histories(run_dirs)
+    folder = out or _default_folder(run_dirs)
+    pictures: dict[str, Callable[[Sequence[History]], Figure]] = {
+        "loss.png": draw_loss,
+        "throughput.png": draw_throughput,
+        "lr_gradnorm.png": draw_lr_and_grad_norm,
+    }
+    if any(history.is_moe for history in histories):
+        pictures["moe.png"] = draw_moe
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, draw in pictures.items():
+            draw(histories).savefig(folder / name, facecolor="white")
+        (folder / "report.md").write_text(_markdown(histories, list(pictures)))
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{folder}: the report cannot be written ({error.strerror}): free space or pick another folder"
+        ) from error
+    return folder
+
+
+def summary(run_dirs: Sequence[Path]) -> str:
+    """The table of the report as aligned lines, a figure a line and a run a column. Raises as `write_report`."""
+    lines = _table(read_histories(run_dirs))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _default_folder(run_dirs: Sequence[Path]) -> Path:
+    if len(run_dirs) == 1:
+        return run_dirs[0] / "report"
+    return Path(os.path.commonpath([path.resolve().parent for path in run_dirs])) / "report"
+
+
+def _markdown(histories: Sequence[History], pictures: Sequence[str]) -> str:
+    head, *lines = _table(histories)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+    body = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
+    return f"# {', '.join(history.name for history in histories)}\n\n{table}\n\n{NOTES}\n{body}\n"
+
+
+NOTES = """\
+Losses are mean cross entropies in nats per token; bits per byte do not depend on the tokenizer. In the picture of the
+loss, training curves in bits per byte use the tokens per byte of the validation text, and are approximate. FLOPs are
+those of the model, forward and backward, without recomputation. Goodput is the time in training steps that were kept
+over the wall time of the run, restarts included.
+"""
+
+
+def _final_loss(history: History) -> str:
+    """Mean of the last 2 % of rows, at least 10: a single step is noise."""
+    losses = series(history.train, "loss")[-max(10, len(history.train) // 50) :]
+    return f"{np.nanmean(losses):.3f}" if np.isfinite(losses).any() else NONE
+
+
+def _best_valid(history: History) -> str:
+    losses = series(history.valid, "valid_loss")
+    if not np.isfinite(losses).any():
+        return NONE
+    best = history.valid[int(np.nanargmin(losses))]
+    bits = best.get("valid_bits_per_byte")
+    return f"{best['valid_loss']:.3f} at step {best['step']:,}" + ("" if bits is None else f" ({bits:.3f} bits/byte)")
+
+
+def _baseline(history: History) -> str:
+    event = history.last_event("baselines") or {}
+    parts = [
+        f"{name} {event[f'{name}_bits_per_byte']:.3f}"
+        for name in ("unigram", "bigram")
+        if f"{name}_bits_per_byte" in event
+    ]
+    return f"{', '.join(parts)} bits/byte" if parts else NONE
+
+
+def _parameters(history: History) -> str:
+    parameters = history.manifest.get("parameters", {})
+    if "total" not in parameters:
+        return NONE
+    return f"{count(parameters['total'])} / {count(parameters.get('active', parameters['total']))}"
+
+
+def _wall_time(history: History) -> str:
+    """As the run's clock has told, and from there, or from the first event, to the last row."""
+    times = [row["time"] for row in (*history.events, *history.train, *history.valid)]
+    told = history.last_event("goodput")
+    if told is None:
+        return duration(max(times) - min(times))
+    return duration(told["wall_seconds"] + max(times) - told["time"])
+
+
+def _goodput(history: History) -> str:
+    event = history.last_event("goodput")
+    if event is None:
+        return NONE
+    wall, seconds = event["wall_seconds"], event["seconds"]
+    causes = sorted((name for name in seconds if name != "step"), key=seconds.__getitem__, reverse=True)
+    rest = ", ".join(f"{name} {seconds[name] / wall:.1%}" for name in causes if seconds[name] >= 0.001 * wall)
+    return f"{event['goodput']:.1%}" + (f" ({rest})" if rest else "")
+
+
+def _median_rate(history: History) -> str:
+    return f"{np.nanmedian(series(history.train, 'tokens_per_second')):,.0f}"
+
+
+FIELDS: dict[str, Callable[[History], str]] = {
+    "parameters, total / active": _parameters,
+    "steps": lambda history: f"{history.train[-1]['step']:,}",
+    "tokens": lambda history: count(history.train[-1]["tokens"]),
+    "model FLOPs": lambda history: flop_count(history.train[-1]["flops"]),
+    "final training loss": _final_loss,
+    "best validation": _best_valid,
+    "baselines": _baseline,
+    "tokens/s, median": _median_rate,
+    "wall time": _wall_time,
+    "goodput": _goodput,
+    "restarts": lambda history: str(len(history.restarts)),
+    "skipped steps": lambda history: str(len(history.events_in_force("skip"))),
+}
+
+
+def _table(histories: Sequence[History]) -> list[list[str]]:
+    """Lines of cells: the names of the runs, then a figure a line."""
+    names = ["", *(history.name for history in histories)]
+    return [names, *([field, *map(figure, histories)] for field, figure in FIELDS.items())]
