@@ -1,0 +1,277 @@
+"""A run: its parts, its state, and how both come back after a restart.
+
+`TrainState` lists everything that must survive one, beside the weights, selection biases and optimizer tensors.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from pretrain import run_directory
+from pretrain.checkpoint import Checkpoints, read_checkpoint, read_state
+from pretrain.checkpoint.ranks import Ranks
+from pretrain.config.load import dump_config, load_config
+from pretrain.config.schema import Config
+from pretrain.data.batches import BatchIterator
+from pretrain.data.dataset import VALIDATION_SEED, BlendedDataset, open_blend
+from pretrain.data.text_bytes import bytes_per_token
+from pretrain.errors import CheckpointError, DataError
+from pretrain.metrics.moe import BalanceWindow
+from pretrain.metrics.recorder import Recorder
+from pretrain.metrics.throughput import RunClock
+from pretrain.model.counts import count_flops, count_parameters
+from pretrain.optim.schedule import Schedule
+from pretrain.optim.sharded import ShardedOptimizer
+from pretrain.parallel.engine import Engine, build_engine
+from pretrain.parallel.mesh import Mesh
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. JSON values only."""
+
+    step: int = 0
+    """Optimizer steps done; skipped ones count, as their data is used up."""
+    samples: int = 0
+    """Position in the global sample order."""
+    tokens: int = 0
+    flops: float = 0.0
+    skipped_in_a_row: int = 0
+    data_fingerprint: str = ""
+    """Of the blend that `samples` is a position in."""
+    rng: str = ""
+    """torch's host generator, base64. Training draws nothing from it; what comes to draw must not repeat itself."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    clock: dict[str, Any] = field(default_factory=dict)
+    recorder: dict[str, Any] = field(default_factory=dict)
+
+    def advance(self, config: Config, flops_per_token: int) -> None:
+        """Count one global batch as done."""
+        self.step += 1
+        self.samples += config.batch.global_batch_size
+        self.tokens += config.batch.tokens_per_step
+        self.flops += float(flops_per_token) * config.batch.tokens_per_step
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank."""
+
+    config: Config
+    mesh: Mesh
+    engine: Engine
+    optimizer: ShardedOptimizer
+    schedule: Schedule
+    train_data: BlendedDataset
+    valid_data: BlendedDataset | None
+    batches: BatchIterator
+    checkpoints: Checkpoints
+    clock: RunClock
+    recorder: Recorder | None
+    """Rank 0 only."""
+    valid_bytes_per_token: float | None = None
+    """Of the text that validation predicts; None where the datasets do not tell."""
+    balance: BalanceWindow = field(default_factory=BalanceWindow)
+    durable: SimpleQueue[tuple[Path, float]] = field(default_factory=SimpleQueue)
+    """Checkpoints that became durable, with the seconds it took; filled by the thread that writes them."""
+
+    def event(self, name: str, state: TrainState, **fields: Any) -> None:
+        """Write an event, on the rank that does."""
+        if self.recorder:
+            self.recorder.event(name, step=state.step, **fields)
+
+    def tensors(self) -> list[ShardedTensor]:
+        """What a checkpoint holds beside the state: weights, selection biases, optimizer tensors."""
+        return [shard.sharded() for shard in self.engine.shards] + self.optimizer.named_state()
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint, or begin to when they are asynchronous. Collective."""
+        state.optimizer = self.optimizer.state_dict()
+        state.clock = self.clock.state_dict()
+        state.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+        if self.recorder:
+            state.recorder = self.recorder.state_dict()
+        self.checkpoints.save(state.step, self.tensors(), state=asdict(state), config_toml=dump_config(self.config))
+
+    def report_durable(self, state: TrainState) -> None:
+        """Write an event for each checkpoint that is safe by now."""
+        while not self.durable.empty():
+            path, seconds = self.durable.get()
+            self.event("save", state, checkpoint=path.name, seconds=round(seconds, 3))
+
+
+def open_data(config: Config) -> tuple[BlendedDataset, BlendedDataset | None]:
+    """Training and validation blends, with the checks that do not read the tokens. Raises DataError."""
+
+    def blend(which: str, seed: int) -> BlendedDataset:
+        return open_blend(
+            getattr(config.data, which),
+            sequence_length=config.batch.sequence_length,
+            vocab_size=config.model.vocab_size,
+            seed=seed,
+            tokenizer=config.data.tokenizer,
+        )
+
+    return blend("train", config.run.seed), blend("valid", VALIDATION_SEED) if config.data.valid else None
+
+
+def _valid_bytes_per_token(config: Config, valid_data: BlendedDataset | None) -> float | None:
+    if valid_data is None or not config.eval.every_steps:
+        return None
+    return bytes_per_token(valid_data, config.eval.batches * config.batch.global_batch_size)
+
+
+@contextmanager
+def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tuple[Run, TrainState]]:
+    """The run, brought to the newest valid checkpoint of its directory when there is one. Collective."""
+    ranks = Ranks()
+    torch.manual_seed(config.run.seed)
+    with ExitStack() as stack:
+        with ranks.together():
+            if mesh.is_main:
+                stack.enter_context(run_directory.locked(config.run.directory))
+        with ranks.together():
+            train_data, valid_data = open_data(config)
+        engine = build_engine(config, mesh)
+        optimizer = ShardedOptimizer(engine.shards, config.optim, mesh.groups)
+        damaged: list[str] = []
+        durable: SimpleQueue[tuple[Path, float]] = SimpleQueue()
+        checkpoints = Checkpoints(
+            config.run.directory / run_directory.CHECKPOINTS,
+            config.checkpoint,
+            on_durable=lambda path, seconds: durable.put((path, seconds)),
+            on_damaged=lambda path, findings: damaged.append(f"{path.name}: {'; '.join(findings)}"),
+        )
+        newest = checkpoints.latest_valid()
+        state = TrainState(data_fingerprint=train_data.fingerprint)
+        changed: list[str] = []
+        if newest:
+            state, changed = _restore(newest, config, engine, optimizer, train_data, ranks)
+        recorder = _recorder(config, state, clock) if mesh.is_main else None
+        run = Run(
+            config=config,
+            mesh=mesh,
+            engine=engine,
+            optimizer=optimizer,
+            schedule=Schedule.from_config(config.schedule, config.total_steps),
+            train_data=train_data,
+            valid_data=valid_data,
+            batches=BatchIterator(
+                train_data,
+                config.batch,
+                dp_rank=mesh.data_rank,
+                dp_size=mesh.data_size,
+                consumed_samples=state.samples,
+            ),
+            checkpoints=checkpoints,
+            clock=clock,
+            recorder=recorder,
+            valid_bytes_per_token=_valid_bytes_per_token(config, valid_data) if mesh.is_main else None,
+            durable=durable,
+        )
+        if recorder:
+            stack.callback(recorder.close)
+            _announce(run, state, newest, damaged=damaged, changed=changed)
+        yield run, state
+        checkpoints.wait()
+        run.report_durable(state)
+
+
+def _restore(
+    path: Path,
+    config: Config,
+    engine: Engine,
+    optimizer: ShardedOptimizer,
+    train_data: BlendedDataset,
+    ranks: Ranks,
+) -> tuple[TrainState, list[str]]:
+    """Fill weights and optimizer from a checkpoint -> (state, configuration keys that differ from its own)."""
+    with ranks.together():
+        state = TrainState(**read_state(path))
+        changed = changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
+        _check_resumable(path, state, config, train_data)
+        optimizer.load_state_dict(state.optimizer)
+    read_checkpoint(path, [shard.sharded() for shard in engine.shards] + optimizer.named_state())
+    optimizer.load_finished()
+    torch.set_rng_state(torch.from_numpy(np.frombuffer(base64.b64decode(state.rng), dtype=np.uint8).copy()))
+    return state, changed
+
+
+def _check_resumable(path: Path, state: TrainState, config: Config, train_data: BlendedDataset) -> None:
+    if state.data_fingerprint != train_data.fingerprint:
+        raise DataError(
+            f"data.train: another blend, order or content than that of {path}, so its position {state.samples} means "
+            f"other samples; restore the data (and run.seed), or start a new run.directory"
+        )
+    if state.step > config.total_steps:
+        raise CheckpointError(
+            f"budget: {config.total_steps} steps, but {path} has done {state.step} already; raise the budget"
+        )
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key two configurations differ in, run.directory aside."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return out
+
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    keys = [key for key in after if before.get(key) != after[key] and key != "run.directory"]
+    return [f"{key}: {before.get(key)} -> {after[key]}" for key in keys]
+
+
+def _recorder(config: Config, state: TrainState, clock: RunClock) -> Recorder:
+    recorder = Recorder(
+        config.run.directory,
+        metrics=config.metrics,
+        config=config.model_dump(mode="json"),
+        total_steps=config.total_steps,
+        restored_step=state.step,
+        tracker_id=state.recorder.get("tracker_id"),
+    )
+    if state.clock:
+        clock.load_state_dict(state.clock, last_alive=recorder.last_alive)
+    return recorder
+
+
+def _announce(
+    run: Run, state: TrainState, newest: Path | None, *, damaged: Sequence[str], changed: Sequence[str]
+) -> None:
+    """Write down what starts, and say it on the terminal. Rank 0."""
+    config, directory = run.config, run.config.run.directory
+    parameters = count_parameters(config.model)
+    run_directory.write_atomically(directory / run_directory.CONFIG_FILE, dump_config(config))
+    run_directory.write_manifest(
+        directory,
+        world_size=run.mesh.world_size,
+        device=str(run.mesh.device),
+        model={"parameters_total": parameters.total, "parameters_active": parameters.active},
+    )
+    for problem in damaged:
+        run.event("damaged_checkpoint", state, problem=problem)
+    if newest:
+        run.event("restart", state, checkpoint=newest.name, changed=list(changed))
+        print(f"resumed from {newest} at step {state.step} of {config.total_steps}")
+        for change in changed:
+            print(f"  changed since: {change}")
+    else:
+        run.event("start", state)
+    print(
+        f"{parameters.total / 1e6:,.2f} M parameters, {parameters.active / 1e6:,.2f} M active per token; "
+        f"{count_flops(config.model, config.batch.sequence_length).per_token / 1e6:,.1f} MFLOPs per token; "
+        f"{config.total_steps} steps of {config.batch.tokens_per_step:,} tokens"
+    )
+    print(run.optimizer.describe())

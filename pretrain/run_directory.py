@@ -1,0 +1,107 @@
+"""The folder of one run: its lock, its resolved configuration, and the manifest of what ran there.
+
+config.toml      resolved configuration of the latest start
+manifest.json    versions, commit, command, machine of every start
+metrics.jsonl, events.jsonl, checkpoints/, report/    see the packages that write them
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pretrain import __version__
+from pretrain.errors import RunDirectoryError
+
+LOCK_FILE = "run.lock"
+CONFIG_FILE = "config.toml"
+MANIFEST_FILE = "manifest.json"
+CHECKPOINTS = "checkpoints"
+PACKAGES = ("torch", "megatron-core", "numpy", "triton", "transformer-engine")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the run directory, made if needed, for this job alone. Call on one rank only.
+
+    The lock is the kernel's: it ends with the process, however that ends.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held for the whole block)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run.directory = {directory}: cannot be written ({error.strerror}); choose a writable folder"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise RunDirectoryError(
+                f"run.directory = {directory}: in use by {holder}; stop that run or choose another directory"
+            ) from error
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step, so that a crash leaves the old or the new one."""
+    aside = path.with_name(path.name + ".partial")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_manifest(directory: Path, *, world_size: int, device: str, model: dict[str, Any]) -> None:
+    """Add this start to the run's manifest. `model` holds the parameter counts the report shows."""
+    path = directory / MANIFEST_FILE
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": sys.argv,
+            "world_size": world_size,
+            "device": device,
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+            "versions": {"meristem": __version__} | {name: found for name in PACKAGES if (found := _version(name))},
+            "commit": _commit(),
+        }
+    )
+    write_atomically(path, json.dumps({"model": model, "starts": starts}, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package is imported from, with `-dirty` when it was changed; None outside one."""
+    here = Path(__file__).parent
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # No git here: the package was installed, and its version says what it is.
+    return done.stdout.strip() or None

@@ -1,0 +1,174 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pretrain.config.rules import check, check_runnable
+from pretrain.config.schema import Config
+from pretrain.data.batches import validation_batches
+from pretrain.errors import ConfigError, UserError
+from pretrain.metrics.rows import TrainRow, ValidRow
+from pretrain.metrics.throughput import RunClock, memory_bytes, rates
+from pretrain.model.counts import count_flops
+from pretrain.optim.sharded import StepResult
+from pretrain.parallel.engine import Batch
+from pretrain.parallel.mesh import Mesh, mesh_of
+from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias
+from pretrain.platform import distributed
+from pretrain.run import Run, TrainState, restore_or_build
+from pretrain.signals import graceful_stop
+
+DONE, REQUEUE = 0, 75
+"""Exit codes: the budget is used up; saved after a request to stop, start me again (EX_TEMPFAIL)."""
+
+
+def train(config: Config) -> int:
+    """Train to the end of the budget, or to a request to stop; returns the exit code.
+
+    Goes on from the newest valid checkpoint of the run directory. Call on every process of the job.
+    """
+    clock = RunClock()
+    with started(config) as mesh, graceful_stop() as stop, restore_or_build(config, mesh, clock) as (run, state):
+        clock.begin_steps()
+        saved = state.step
+        while state.step < config.total_steps and not stop.agree(mesh.device):
+            # Between two steps is where a model may change shape: engine and optimizer are replaced, the rest stays.
+            batch = next_batch(run)
+            reset_routing_stats(run.engine)
+            loss = run.engine.forward_backward(iter(batch))
+            result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
+            state.advance(config, flops_per_token(config))
+            note_skip(run, state, result)
+            clock.end_step(kept=not result.skipped)
+            log_step(run, state, float(loss), result)
+            if is_due(config.eval.every_steps, state, config):
+                log_evaluation(run, state)
+            if is_due(config.checkpoint.every_steps, state, config):
+                saved = save(run, state)
+        if saved != state.step or state.step == 0:
+            save(run, state)
+        code = DONE if state.step >= config.total_steps else REQUEUE
+        run.event("finished" if code == DONE else "stopped", state, signal=stop.signal, **clock.goodput())
+        return code
+
+
+@contextmanager
+def started(config: Config) -> Iterator[Mesh]:
+    """This process as part of the job: device, process groups and layout; everything the config can tell is checked."""
+    problems = check(config, distributed.world_size()) + check_runnable(config)
+    if problems:
+        raise ConfigError(problems)
+    with distributed.joined() as device, mesh_of(config.parallel, device) as mesh:
+        yield mesh
+
+
+def flops_per_token(config: Config) -> int:
+    """Model FLOPs of training on one token."""
+    return count_flops(config.model, config.batch.sequence_length).per_token
+
+
+def is_due(every_steps: int, state: TrainState, config: Config) -> bool:
+    """Whether something that happens every so many steps (0: never), and at the end, happens after this one."""
+    return every_steps > 0 and (state.step % every_steps == 0 or state.step == config.total_steps)
+
+
+def next_batch(run: Run) -> list[Batch]:
+    """This rank's micro-batches of the next global batch, on the device."""
+    with run.clock.phase("data"):
+        batch = [next(run.batches) for _ in range(run.engine.microbatches)]
+        return [{name: tensor.to(run.mesh.device) for name, tensor in micro.items()} for micro in batch]
+
+
+def note_skip(run: Run, state: TrainState, result: StepResult) -> None:
+    """Count steps skipped in a row; give up when there are too many. All ranks see the same result."""
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+    if result.skipped:
+        run.event("skip", state, grad_norm=str(result.grad_norm))
+    limit = run.config.optim.max_skipped_steps
+    if state.skipped_in_a_row > limit:
+        run.event("diverged", state)
+        raise UserError(
+            f"optim.max_skipped_steps = {limit}: step {state.step} is the {state.skipped_in_a_row}th in a row with a "
+            f"gradient that is not finite; lower optim.lr, lengthen schedule.warmup_steps, or go back to an earlier "
+            f"checkpoint"
+        )
+
+
+def log_step(run: Run, state: TrainState, loss: float, result: StepResult) -> None:
+    """Move the progress line and, when one is due, write a row. Collective."""
+    config, clock = run.config, run.clock
+    last = clock.last_step_seconds
+    if run.recorder:
+        run.recorder.step(
+            state.step,
+            loss=loss,
+            step_seconds=last,
+            tokens_per_second=config.batch.tokens_per_step / last,
+            skipped=result.skipped,
+        )
+    run.report_durable(state)
+    if state.step % config.metrics.log_every_steps and state.step != config.total_steps:
+        return
+    moe = {}
+    if config.model.is_moe:
+        load = expert_load(run.engine, config.model)
+        moe = run.balance.add(load, bias=selection_bias(run.engine, config.model))
+    losses = aux_losses(run.engine, config.model)
+    figures = rates(
+        clock.take_interval(),
+        tokens_per_step=config.batch.tokens_per_step,
+        flops_per_step=float(flops_per_token(config)) * config.batch.tokens_per_step,
+        devices=run.mesh.world_size,
+        peak_tflops=config.metrics.peak_tflops,
+    )
+    if run.recorder:
+        run.recorder.train(
+            TrainRow(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                loss=loss,
+                lr=config.optim.lr * run.schedule.lr_ratio(state.step),
+                grad_norm=result.grad_norm,
+                skipped=result.skipped,
+                memory_bytes=memory_bytes(run.mesh.device),
+                aux_losses=losses,
+                moe=moe,
+                **figures,
+            )
+        )
+
+
+def log_evaluation(run: Run, state: TrainState) -> None:
+    """Loss on the validation batches, always the same ones. Collective."""
+    if run.valid_data is None:
+        return
+    config, mesh = run.config, run.mesh
+    with run.clock.phase("eval"):
+        batches = validation_batches(
+            run.valid_data, config.batch, batches=config.eval.batches, dp_rank=mesh.data_rank, dp_size=mesh.data_size
+        )
+        on_device = ({name: tensor.to(mesh.device) for name, tensor in micro.items()} for micro in batches)
+        loss = float(run.engine.evaluate(on_device, config.eval.batches * run.engine.microbatches))
+    if run.recorder:
+        bytes_per_token = run.valid_bytes_per_token
+        run.recorder.valid(
+            ValidRow(
+                step=state.step,
+                tokens=state.tokens,
+                flops=state.flops,
+                valid_loss=loss,
+                valid_bits_per_byte=loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+            )
+        )
+
+
+def save(run: Run, state: TrainState) -> int:
+    """Write a checkpoint of this step; returns the step."""
+    with run.clock.phase("save"):
+        run.save(state)
+    run.report_durable(state)
+    return state.step
