@@ -160,6 +160,10 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
         )
     if code not in [dtype.value for dtype in DType] or not np.issubdtype(DType.dtype_from_code(code), np.integer):
         raise DataError(f"{path}: dtype code {code}; token ids have an integer dtype, codes 1 to 5 and 8; {_REMEDY}")
+    if sequences == 0 or bounds == 0:
+        raise DataError(
+            f"{path}: {sequences} sequences, {bounds} document bounds; a dataset has at least one; {_REMEDY}"
+        )
     size = path.stat().st_size
     expected = _HEADER.size + sequences * (4 + 8) + bounds * 8
     if size == expected + sequences:
@@ -169,8 +173,6 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
             f"{path}: {size} bytes; its header announces {sequences} sequences and {bounds} document bounds, "
             f"{expected} bytes; {_REMEDY}"
         )
-    if sequences == 0 or bounds == 0:
-        raise DataError(f"{path}: {sequences} sequences; a dataset holds at least one; {_REMEDY}")
     return np.dtype(DType.dtype_from_code(code)), sequences, bounds
 
 

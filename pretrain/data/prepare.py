@@ -112,6 +112,9 @@ def _make_tokenizer(
         )
     # The name of a special token in a text is text: without this, a document could end another.
     tokenizer.encode_special_tokens = True
+    # Files saved from a fine-tuning run may ask for these; they would cut documents short, or fill them up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     record = TokenizerRecord(
         file=TOKENIZER_FILE,
         sha256=sha256_of(path),
@@ -170,6 +173,7 @@ class _SplitWriter:
 def _write_datasets(
     corpus: Corpus,
     options: PrepareOptions,
+    *,
     folder: Path,
     tokenizer: Tokenizer,
     record: TokenizerRecord,
