@@ -207,5 +207,6 @@ def _json_object(name: str, data: bytes) -> dict[str, Any]:
 def _first(error: ValidationError) -> str:
     """The first problem of a schema check, in one line."""
     problem = error.errors()[0]
-    where = ".".join(str(part)[:80] for part in problem["loc"])
+    # A location holds names out of the file; escaped, they cannot break the line.
+    where = ".".join(str(part)[:80] for part in problem["loc"]).encode("unicode_escape").decode()
     return f"{where}: {problem['msg']}"

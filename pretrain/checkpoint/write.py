@@ -166,8 +166,15 @@ def _prepare(partial: Path, *, need: int) -> None:
 
 
 def _write_shard(path: Path, content: dict[str, ShardedTensor]) -> FileEntry:
-    # Copies only what is on a GPU or not contiguous; safetensors writes the rest from where it is.
-    save_file({name: tensor.data.detach().cpu().contiguous() for name, tensor in content.items()}, path)
+    on_host: dict[str, torch.Tensor] = {}
+    addresses: set[int] = set()
+    for name, tensor in content.items():
+        # Copies only what is on a GPU or not contiguous; safetensors writes the rest from where it is. It refuses
+        # memory that it has seen, which two keys of one tensor share (in fp32, a weight and its master).
+        data = tensor.data.detach().cpu().contiguous()
+        on_host[name] = data.clone() if data.data_ptr() in addresses else data
+        addresses.add(data.data_ptr())
+    save_file(on_host, path)
     # safetensors makes files that only their owner reads; the folder's mode follows the user's umask.
     path.chmod(path.parent.stat().st_mode & 0o666)
     return _seal(path)

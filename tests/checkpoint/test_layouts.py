@@ -93,7 +93,7 @@ def fail_on_one_rank(folder: Path) -> list[str]:
 
     save(bits())
     # Rank 1 cannot write its file.
-    import pretrain.checkpoint.write as write
+    from pretrain.checkpoint import write
 
     original = write.save_file
 

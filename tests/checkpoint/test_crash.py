@@ -1,0 +1,192 @@
+"""Whatever interrupts a save, the checkpoints before it stay, and the next save works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pretrain.checkpoint.write as write_module
+from pretrain.checkpoint import Checkpoints, read_checkpoint, read_state, verify_checkpoint
+from pretrain.config.schema import CheckpointConfig
+from pretrain.errors import CheckpointError
+from tests.checkpoint.samples import CONFIG, bits, empty, same_bits, whole
+
+# What a save does to the file system, by module and function; the kill comes just before one of these calls.
+OPERATIONS = [
+    (os, "mkdir"),
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (os, "chmod"),
+    (Path, "write_bytes"),
+    (write_module, "save_file"),
+]
+
+
+def save(folder: Path, step: int, *, keep: int = 1, asynchronous: bool = False) -> None:
+    """Save `bits(step)` as checkpoint `step` the way a run does, retention included."""
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep, asynchronous=asynchronous))
+    checkpoints.save(step, whole(bits(step)), state={"step": step}, config_toml=CONFIG)
+    checkpoints.wait()
+
+
+def interrupt_at(count: int) -> list[str]:
+    """Make this process kill itself before its `count`-th operation from now, or halfway if that writes a file."""
+    seen: list[str] = []
+
+    def wrap(owner, name):
+        original = getattr(owner, name)
+
+        def operation(*args, **kwargs):
+            if len(seen) == count:
+                if name in ("write_bytes", "save_file"):
+                    original(*args, **kwargs)
+                    path = args[0] if name == "write_bytes" else args[1]
+                    os.truncate(path, os.path.getsize(path) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, operation)
+
+    for owner, name in OPERATIONS:
+        wrap(owner, name)
+    return seen
+
+
+def kill_in_child(folder: Path, step: int, count: int, asynchronous: bool) -> bool:
+    """Fork, save `step`, die before operation `count`. Whether the child was killed rather than done."""
+    child = os.fork()
+    if child == 0:
+        interrupt_at(count)
+        save(folder, step, asynchronous=asynchronous)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def sweep(folder: Path, step: int, asynchronous: bool) -> None:
+    """Kill the save of `step` at every operation in turn and print how many there were. `folder` holds step 1."""
+    original = folder.with_name("original")
+    shutil.copytree(folder, original)
+    count = 0
+    while True:
+        shutil.rmtree(folder)
+        shutil.copytree(original, folder)
+        if not kill_in_child(folder, step, count, asynchronous):
+            break
+        checkpoints = Checkpoints(folder, CheckpointConfig(keep=1))
+        path = checkpoints.latest_valid()
+        assert path is not None
+        found = read_state(path)["step"]
+        # Old or new, never a mix; with no leftovers once a run has started.
+        assert found in (1, step)
+        target = empty()
+        read_checkpoint(path, whole(target))
+        assert all(same_bits(target[key], tensor) for key, tensor in bits(found).items())
+        assert {entry.name for entry in folder.iterdir()} <= {"step_00000001", f"step_{step:08d}"}
+        save(folder, 3)
+        assert [entry.name for entry in folder.iterdir()] == ["step_00000003"]
+        assert verify_checkpoint(folder / "step_00000003") == []
+        count += 1
+    assert read_state(Checkpoints(folder, CheckpointConfig()).latest_valid())["step"] == step
+    print(count)
+
+
+@pytest.mark.parametrize(("step", "asynchronous"), [(2, False), (2, True), (1, False)])
+def test_kill_at_every_operation_of_a_save(tmp_path, step, asynchronous):
+    """Step 2 comes after step 1 and retention removes that; step 1 takes its own former place."""
+    save(tmp_path / "checkpoints", 1)
+    # In a process of its own: the test process must neither fork with threads running nor keep the hooks.
+    code = (
+        "from pathlib import Path; from tests.checkpoint.test_crash import sweep; "
+        f"sweep(Path({str(tmp_path / 'checkpoints')!r}), {step}, {asynchronous})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # 4 files and 2 folders are brought to the disk, 3 texts and a manifest written, ...
+    assert int(done.stdout) >= 20
+
+
+def test_leftovers_of_every_kind_are_cleared(tmp_path):
+    save(tmp_path, 1, keep=2)
+    save(tmp_path, 2, keep=2)
+    for name in ("step_00000003.partial", "step_00000001.removed", "step_00000002.displaced"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
+    (tmp_path / "step_00000001").rename(tmp_path / "step_00000001.displaced")
+    (tmp_path / "notes.partial").mkdir()
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.partial", "step_00000001", "step_00000002"]
+    assert checkpoints.latest_valid() == tmp_path / "step_00000002"
+    assert verify_checkpoint(tmp_path / "step_00000001") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB. Mounting takes root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"mount is not permitted: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("known_beforehand", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_disk_full(small_disk, monkeypatch, known_beforehand, asynchronous):
+    save(small_disk, 1)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(256 * 1024 - 16 * 4096))
+    if not known_beforehand:
+        # Somebody else fills the disk after we looked.
+        monkeypatch.setattr(write_module, "_prepare", lambda partial, need: partial.mkdir())
+    large = {"a": whole(bits())[0].data.new_ones(64 * 1024)}
+    checkpoints = Checkpoints(small_disk, CheckpointConfig(keep=1, asynchronous=asynchronous))
+    durable = []
+    checkpoints.on_durable = lambda path, seconds: durable.append(path)
+
+    def save_large():
+        checkpoints.save(2, whole(large), state={}, config_toml=CONFIG)
+        checkpoints.wait()
+
+    with pytest.raises(CheckpointError, match=r"no space left: need 0\.1 MiB, have 0\.0 MiB"):
+        save_large()
+    assert durable == []
+    assert {path.name for path in small_disk.iterdir()} == {"filler", "step_00000001"}
+    assert checkpoints.latest_valid() == small_disk / "step_00000001"
+    # Room again: the same object saves.
+    monkeypatch.undo()
+    filler.unlink()
+    save_large()
+    assert durable == [small_disk / "step_00000002"]
+    assert checkpoints.latest_valid() == small_disk / "step_00000002"
+
+
+def test_read_only_file_system(small_disk):
+    save(small_disk, 1)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match=r"cannot keep checkpoints here: Read-only file system"):
+        Checkpoints(small_disk, CheckpointConfig())
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint: Read-only file system"):
+        write_module.write_checkpoint(small_disk / "c", whole(bits()), step=2, state={}, config_toml="")
+    # Reading needs no writing.
+    target = empty()
+    read_checkpoint(small_disk / "step_00000001", whole(target))
+    assert all(same_bits(target[key], tensor) for key, tensor in bits(1).items())
+
+
+def test_folder_that_vanished(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("a file now")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint: Not a directory"):
+        checkpoints.save(1, whole(bits()), state={}, config_toml="")
