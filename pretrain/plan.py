@@ -5,7 +5,7 @@ Needs neither torch nor megatron-core nor any device, so it answers in a second 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,7 +154,7 @@ def _stage_rows(stage: StagePlan) -> dict[str, list[tuple[str, str, str]]]:
     }
     remarks = {"non-embedding": "without norms"}
     sections = {
-        "Model": [("", " ".join(f"{key}={value}" for key, value in stage.shape.items()), "")],
+        "Model": [("", line, "") for line in _describe_shape(stage.shape)],
         "Parameters": [(name, quantity(value), remarks.get(name, f"{value:,}")) for name, value in counts.items()],
         "FLOPs, forward and backward": [
             ("per token", quantity(flops.per_token), "causal attention at half the square"),
@@ -171,6 +171,23 @@ def _stage_rows(stage: StagePlan) -> dict[str, list[tuple[str, str, str]]]:
             ("", quantity(stage.tokens_per_expert_per_microbatch), "per micro-batch"),
         ]
     return sections
+
+
+def _describe_shape(shape: Mapping[str, int]) -> list[str]:
+    """The shape in words, attention first."""
+    heads, groups = shape["num_attention_heads"], shape["num_query_groups"]
+    lines = [
+        f"{shape['num_layers']} layers, hidden {shape['hidden_size']}, {heads} heads of {shape['head_dim']} "
+        f"in {groups} groups, vocabulary {shape['vocab_size']:,}"
+    ]
+    if "num_experts" in shape:
+        experts = f"{shape['num_experts']} experts of ffn {shape['expert_ffn_size']}, top-{shape['top_k']}"
+        if "shared_expert_ffn_size" in shape:
+            experts += f", shared expert of ffn {shape['shared_expert_ffn_size']}"
+        if "first_dense_layers" in shape:
+            experts += f", first {shape['first_dense_layers']} layers dense with ffn {shape['ffn_size']}"
+        return [*lines, experts]
+    return [*lines, f"dense, ffn {shape['ffn_size']}"]
 
 
 def _layout_rows(layout: Layout) -> list[tuple[str, str, str]]:
@@ -198,12 +215,12 @@ def _layout_rows(layout: Layout) -> list[tuple[str, str, str]]:
 
 def _memory_rows(memory: RankMemory) -> list[tuple[str, str, str]]:
     return [
-        ("weights", gibibytes(memory.weights), ""),
-        ("gradients", gibibytes(memory.gradients), "fp32"),
-        ("optimizer", gibibytes(memory.optimizer), "rank that owns the most"),
-        ("activations", gibibytes(memory.activations), "estimate"),
-        ("logits", gibibytes(memory.logits), ""),
-        ("total", gibibytes(memory.total), ""),
+        ("weights", binary_bytes(memory.weights), ""),
+        ("gradients", binary_bytes(memory.gradients), "fp32"),
+        ("optimizer", binary_bytes(memory.optimizer), "rank that owns the most"),
+        ("activations", binary_bytes(memory.activations), "estimate"),
+        ("logits", binary_bytes(memory.logits), ""),
+        ("total", binary_bytes(memory.total), ""),
     ]
 
 
@@ -219,7 +236,7 @@ def _align(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def quantity(value: float) -> str:
-    """A count with three decimals at most four significant: `2.563 B`, `449.5 M`, `1,024`."""
+    """A count with four significant digits from a million on: `2.563 B`, `449.5 M`, `1,024`."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{_four_digits(value / size)} {unit}"
@@ -232,12 +249,12 @@ def scientific(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def gibibytes(value: float) -> str:
+def binary_bytes(value: float) -> str:
     """Bytes in the largest binary unit below them: `45.0 GiB`, `12.3 MiB`."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= size:
             return f"{value / size:.1f} {unit}"
-    return f"{value / 2**10:.1f} KiB"
+    return f"{value:.0f} B"
 
 
 def _four_digits(value: float) -> str:

@@ -170,7 +170,8 @@ def _stage_tensors(model: ModelConfig, layout: Layout, rank: int) -> list[Logica
 def _optimizer_bytes(config: Config, layout: Layout, local: Iterable[tuple[LogicalTensor, int]]) -> int:
     """Masters and moments on the data-parallel rank that owns the most.
 
-    Each shard is owned whole by one rank of the group that replicates it, dealt largest first to the emptiest.
+    Each shard is owned whole by one rank of the group that replicates it, dealt largest first to the emptiest. (With
+    Muon the optimizer deals by arithmetic first; for equal matrices that is the same.)
     """
     master = FP32_BYTES if config.run.precision == "bf16" else 0  # fp32 weights are their own masters
     dense: list[int] = []
@@ -200,7 +201,8 @@ def _activation_bytes(config: Config, layout: Layout, rank: int) -> int:
     """Activations kept for the backward pass, over all micro-batches in flight, and the layer being recomputed.
 
     After Korthikanti et al. 2022 (arXiv 2205.05198, sections 4 and 5), with sequence parallelism, a fused attention
-    that keeps no scores, no dropout, and grouped queries, SwiGLU and routed experts in place of their layer.
+    that keeps no scores, no dropout, and grouped queries, SwiGLU and routed experts in place of their layer. Values
+    are those autograd keeps in the native backend with a fused RMSNorm; torch's RMSNorm on CPUs keeps more.
     """
     model, recompute = config.model, config.parallel.recompute
     width = BYTES_PER_VALUE[config.run.precision]
@@ -241,26 +243,27 @@ def _layer_bytes_per_token(model: ModelConfig, layout: Layout, layer: int, width
     D, F = model.hidden_size, model.ffn_size
     H, G, C = model.num_attention_heads, model.query_groups, model.channels
     norms = 2 * (D + D)  # input and output of both; an output is the input of the projections behind it
-    heads = (H + 2 * G) * C + H * C  # queries, keys, values; what attention returns
+    # The fused projection (values stay a view of it), rotated queries and keys, what attention returns.
+    heads = (H + 2 * G) * C + (H + G) * C + H * C
     if model.qk_norm:
-        heads += (H + G) * C  # queries and keys before their norm
+        heads += H * C  # queries before their norm; keys are a view of the projection
     ffn = 0 if _is_moe_layer(model, layer) else _swiglu_values(F)
     moe = _moe_bytes_per_token(model, layout, width) if _is_moe_layer(model, layer) else 0
-    return width * (norms + heads + ffn) + moe
+    log_sums = H * FP32_BYTES  # of the scores of each head
+    return width * (norms + heads + ffn) + log_sums + moe
 
 
 def _swiglu_values(F: int) -> int:
-    """Gate and up, silu(gate), and the product that enters the down projection."""
-    return 4 * F
+    """Gate and up fused, silu(gate), up (times score where routed), and the product that enters the down projection."""
+    return 5 * F
 
 
 def _moe_bytes_per_token(model: ModelConfig, layout: Layout, width: int) -> int:
     """Kept inside the MoE block, with tokens spread evenly over the expert-parallel ranks."""
     D, E, K, F = model.hidden_size, model.num_experts, model.top_k, model.expert_ffn_size
     router = 2 * E * FP32_BYTES  # logits and scores
-    # A routed row enters every rank of its expert tensor group whole. Its product is kept before and after the
-    # combine weight.
-    rows = K * (layout.expert_tensor * D + _swiglu_values(F) + F) * width
+    # A routed row enters every rank of its expert tensor group whole.
+    rows = K * (layout.expert_tensor * D + _swiglu_values(F)) * width
     return router + rows + _swiglu_values(model.shared_expert_ffn_size) * width
 
 
