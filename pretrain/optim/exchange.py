@@ -1,0 +1,112 @@
+"""Collectives of the optimizer. Each is called by all ranks of a group with tensors of the same shapes.
+
+Only equal-sized gathers, which gloo has, too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch.distributed import ProcessGroup
+
+# Elements received per gather over all ranks: enough to fill any link, little beside a model. A guess.
+GATHER_NUMEL = 1 << 26
+
+
+def spread(
+    tensors: Sequence[torch.Tensor],
+    owners: Sequence[int],
+    group: ProcessGroup | None,
+    *,
+    gather_numel: int = GATHER_NUMEL,
+) -> None:
+    """Overwrite every tensor (contiguous) with that of its owner, a rank of `group`.
+
+    Tensors of one dtype travel together: owners' tensors are laid end to end and gathered in equal chunks.
+    """
+    size = get_pg_size(group)
+    if size == 1:
+        return
+    lanes_of: dict[torch.dtype, list[list[torch.Tensor]]] = defaultdict(lambda: [[] for _ in range(size)])
+    for tensor, owner in zip(tensors, owners, strict=True):
+        lanes_of[tensor.dtype][owner].append(tensor.view(-1))
+    for lanes in lanes_of.values():
+        _gather_lanes(lanes, group, max(1, gather_numel // size))
+
+
+def _gather_lanes(lanes: list[list[torch.Tensor]], group: ProcessGroup | None, chunk: int) -> None:
+    """`lanes[r]` are the flat tensors rank r owns; fill everyone else's, `chunk` elements of each lane at a time."""
+    rank = get_pg_rank(group)
+    longest = max(sum(flat.numel() for flat in lane) for lane in lanes)
+    chunk = min(chunk, longest)
+    like = next(flat for lane in lanes for flat in lane)
+    received = like.new_empty(len(lanes), chunk)
+    # Lanes that are shorter are padded with whatever is in the buffer.
+    sent = like.new_empty(chunk)
+    for start in range(0, longest, chunk):
+        pieces = [list(_window(lane, start, start + chunk)) for lane in lanes]
+        if pieces[rank]:
+            torch.cat(pieces[rank], out=sent[: sum(piece.numel() for piece in pieces[rank])])
+        dist.all_gather(list(received.unbind()), sent, group=group)
+        for other, row in enumerate(received):
+            if other != rank and pieces[other]:
+                numels = [piece.numel() for piece in pieces[other]]
+                torch._foreach_copy_(pieces[other], list(row[: sum(numels)].split(numels)))
+
+
+def _window(lane: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[torch.Tensor]:
+    """Views of the elements [start, stop) of flat tensors laid end to end."""
+    position = 0
+    for flat in lane:
+        piece = flat[max(0, start - position) : max(0, stop - position)]
+        if piece.numel():
+            yield piece
+        position += flat.numel()
+
+
+def map_whole(
+    parts: Sequence[torch.Tensor],
+    axes: Sequence[int],
+    fn: Callable[[int, torch.Tensor], torch.Tensor],
+    group: ProcessGroup | None,
+) -> list[torch.Tensor]:
+    """`fn(i, whole)` of at most as many tensors as `group` has ranks, one on each; returns this rank's parts.
+
+    parts[i] is this rank's equal part of tensor i along axis axes[i], in rank order; `fn` keeps the shape. Rank i gets
+    the parts of tensor i, puts them together, and sends the parts of the result back.
+    """
+    size, rank = get_pg_size(group), get_pg_rank(group)
+    assert len(parts) <= size, f"{len(parts)} tensors for {size} ranks"
+    numels = [part.numel() for part in parts] + [0] * (size - len(parts))
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    collected = sent.new_empty(size * numels[rank])
+    dist.all_to_all_single(
+        collected, sent, output_split_sizes=[numels[rank]] * size, input_split_sizes=numels, group=group
+    )
+    results = collected
+    if rank < len(parts):
+        axis = axes[rank]
+        whole = torch.cat([piece.view(parts[rank].shape) for piece in collected.chunk(size)], dim=axis)
+        results = torch.cat([piece.reshape(-1) for piece in fn(rank, whole).chunk(size, dim=axis)])
+    mine = torch.empty_like(sent)
+    dist.all_to_all_single(
+        mine, results, output_split_sizes=numels, input_split_sizes=[numels[rank]] * size, group=group
+    )
+    return [piece.view(part.shape) for piece, part in zip(mine.split(numels), parts, strict=False)]
+
+
+def check_same(text: str, group: ProcessGroup | None, *, what: str, device: torch.device) -> None:
+    """Raise RuntimeError on all ranks of `group` unless `text` is the same on all: collectives would mix up tensors."""
+    if get_pg_size(group) == 1:
+        return
+    mine = torch.tensor([zlib.crc32(text.encode())], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(mine) for _ in range(get_pg_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    values = [int(value) for value in gathered]
+    if len(set(values)) > 1:
+        raise RuntimeError(f"{what} differ between the ranks of a group (checksums {values})")

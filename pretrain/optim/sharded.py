@@ -1,0 +1,214 @@
+"""The optimizer: state of every logical tensor on one data-parallel rank, updates spread to the others.
+
+Of the ranks that hold copies of a shard, its *owner* keeps the fp32 master and the moments, updates them from the
+reduced gradient, and sends the new weights to the others. See README.md in this folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch.distributed import ProcessGroup
+
+from pretrain.config.schema import OptimConfig
+from pretrain.errors import CheckpointError
+from pretrain.model.shards import Shard
+from pretrain.optim.clip import clip_, global_norm
+from pretrain.optim.exchange import check_same, spread
+from pretrain.optim.muon import Muon
+from pretrain.optim.ownership import Load, assign_owners
+from pretrain.optim.routing import RuleName, describe_routes, route
+from pretrain.optim.rules import AdamW, Rule, Slot
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one call of `ShardedOptimizer.step` did; the same on all ranks."""
+
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping; inf or nan when the step was skipped."""
+    clipped: bool
+    skipped: bool
+    """Whether the gradient was not finite, so that nothing was changed."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The shards that one data-parallel group shares out: all dense ones, or all experts."""
+
+    shards: list[Shard]
+    owners: list[int]
+    """Rank in `group` that owns each shard."""
+    group: ProcessGroup | None
+
+    def spread(self) -> None:
+        """Send the owners' weights to the rest of the group."""
+        spread([shard.tensor.detach() for shard in self.shards], self.owners, self.group)
+
+    def owned(self) -> list[Shard]:
+        rank = get_pg_rank(self.group)
+        return [shard for shard, owner in zip(self.shards, self.owners, strict=True) if owner == rank]
+
+
+def make_rules(config: OptimConfig, groups: ProcessGroupCollection) -> dict[RuleName, Rule]:
+    """Every update rule by its name."""
+    return {"adamw": AdamW(config), "muon": Muon(config.muon, groups)}
+
+
+class ShardedOptimizer:
+    """AdamW or Muon over this rank's shards, with state sharded over the data-parallel ranks.
+
+    shards: all shards of this rank; those of buffers that are not trained are left alone.
+    groups: of its fields, `tp` and `dp_cp` serve dense weights, `expt_tp` and `expt_dp` experts. A group may be None
+    when torch.distributed is not initialised. All ranks build the optimizer together.
+
+    Gradients are read from `main_grad` of the parameter, or from `grad`: fully reduced, the same on all data-parallel
+    ranks. Clipping scales those of owned shards in place.
+    """
+
+    def __init__(self, shards: Sequence[Shard], config: OptimConfig, groups: ProcessGroupCollection) -> None:
+        self._config = config
+        self._rules = make_rules(config, groups)
+        self._shards = [shard for shard in shards if shard.logical.trainable]
+        assert len({shard.key for shard in self._shards}) == len(self._shards), "a tensor is listed twice"
+        self._device = self._shards[0].tensor.device
+        self._families = [
+            self._share_out(is_expert=False, group=groups.dp_cp, tensor_group=groups.tp),
+            self._share_out(is_expert=True, group=groups.expt_dp, tensor_group=groups.expt_tp),
+        ]
+        self._slots = [self._slot(shard) for family in self._families for shard in family.owned()]
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, lr_ratio: float) -> StepResult:
+        """One update with every peak learning rate times `lr_ratio`.
+
+        Collective over all ranks. If the global gradient norm is not finite, nothing changes on any rank.
+        """
+        grads = [_gradient(slot.shard) for slot in self._slots]
+        counted = [grad for slot, grad in zip(self._slots, grads, strict=True) if slot.shard.counts_in_norm]
+        norm = global_norm(counted, self._device)
+        if not math.isfinite(norm):
+            return StepResult(norm, clipped=False, skipped=True)
+        clipped = clip_(grads, norm, self._config.clip_grad)
+        self._steps += 1
+        for name, rule in self._rules.items():
+            mine = [i for i, slot in enumerate(self._slots) if slot.route.rule == name]
+            if mine:
+                slots = [self._slots[i] for i in mine]
+                rule.update(slots, [grads[i] for i in mine], lr_ratio=lr_ratio, step=self._steps)
+        self._publish()
+        return StepResult(norm, clipped=clipped, skipped=False)
+
+    def named_state(self) -> list[ShardedTensor]:
+        """The tensors of this rank's state, to be saved or filled in place: `optimizer.<name>.<key of the weight>`.
+
+        Names are `master` (bf16 parameters only), `exp_avg`, `exp_avg_sq`, `momentum`. Over all ranks, each box has one
+        main replica, the owner's; copies by tensor or pipeline parallelism are listed as further replicas.
+        """
+        return [
+            _located(slot.shard, tensor, f"optimizer.{name}.{slot.shard.key}")
+            for slot in self._slots
+            for name, tensor in _tensors(slot).items()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is no tensor: the kind and the number of updates so far. JSON types only."""
+        return {"kind": self._config.kind, "step": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over `state_dict()`. Raises CheckpointError if it is another optimizer's."""
+        if state["kind"] != self._config.kind:
+            raise CheckpointError(
+                f'optim.kind = "{self._config.kind}": the checkpoint has the state of "{state["kind"]}"; '
+                "resume with the optimizer the run was started with"
+            )
+        self._steps = int(state["step"])
+
+    @torch.no_grad()
+    def load_finished(self) -> None:
+        """Bring the parameters of all ranks in line with masters filled through `named_state`. Collective."""
+        self._publish()
+
+    def state_bytes(self) -> int:
+        """Bytes of masters and moments on this rank."""
+        return sum(tensor.nbytes for slot in self._slots for tensor in _tensors(slot).values())
+
+    def describe(self) -> str:
+        """A table of the update rule and decay of this rank's tensors."""
+        return describe_routes([shard.logical for shard in self._shards], self._config)
+
+    def _publish(self) -> None:
+        """Round masters to the parameters' precision and send them to the ranks that hold copies."""
+        rounded = [slot for slot in self._slots if _has_master(slot.shard)]
+        if rounded:
+            torch._foreach_copy_([slot.shard.tensor.detach() for slot in rounded], [slot.master for slot in rounded])
+        for family in self._families:
+            family.spread()
+
+    def _share_out(self, *, is_expert: bool, group: ProcessGroup | None, tensor_group: ProcessGroup | None) -> _Family:
+        """Choose owners, and check that the ranks this one exchanges tensors with chose the same.
+
+        Loads depend on a shard's shape only, which tensor-parallel ranks share, so that these own parts of the same
+        tensors. Ranks of other pipeline stages or with other experts have other lists; no collective joins them.
+        """
+        shards = [shard for shard in self._shards if shard.logical.is_expert == is_expert]
+        owners = assign_owners([self._load(shard) for shard in shards], get_pg_size(group))
+        plan = [(shard.key, shard.shape, owner) for shard, owner in zip(shards, owners, strict=True)]
+        offsets = [shard.offset for shard in shards]
+        kind = "expert" if is_expert else "dense"
+        check_same(f"{plan} {offsets}", group, what=f"{kind} shards of data-parallel copies", device=self._device)
+        check_same(
+            f"{plan} {get_pg_rank(group)}",
+            tensor_group,
+            what=f"owners of {kind} shards under tensor parallelism",
+            device=self._device,
+        )
+        return _Family(shards, owners, group)
+
+    def _load(self, shard: Shard) -> Load:
+        rule = self._rules[route(shard.logical, self._config).rule]
+        copies = len(rule.state_names) + _has_master(shard)
+        return Load(flops=rule.flops(shard), state_bytes=copies * FP32_BYTES * shard.tensor.numel())
+
+    def _slot(self, shard: Shard) -> Slot:
+        parameter = shard.tensor.detach()
+        chosen = route(shard.logical, self._config)
+        master = parameter.float() if _has_master(shard) else parameter
+        state = {name: torch.zeros_like(master) for name in self._rules[chosen.rule].state_names}
+        return Slot(shard, chosen, master, state)
+
+
+def _has_master(shard: Shard) -> bool:
+    """Whether the parameter is too coarse to be updated itself."""
+    return shard.tensor.dtype != torch.float32
+
+
+def _tensors(slot: Slot) -> dict[str, torch.Tensor]:
+    """The state of a shard beside its parameter."""
+    return {"master": slot.master, **slot.state} if _has_master(slot.shard) else slot.state
+
+
+def _located(shard: Shard, tensor: torch.Tensor, key: str) -> ShardedTensor:
+    """As `Shard.sharded`, but the owner is the only data-parallel rank that has the tensor, so it is number 0."""
+    pipeline, tensor_index, _ = shard.replica_id
+    return replace(shard.sharded(tensor, key=key), replica_id=(pipeline, tensor_index, 0))
+
+
+def _gradient(shard: Shard) -> torch.Tensor:
+    """The reduced gradient of a parameter in fp32."""
+    grad = getattr(shard.tensor, "main_grad", None)
+    if grad is None:
+        grad = shard.tensor.grad
+    if grad is None:
+        raise RuntimeError(f"{shard.key} has no gradient")
+    return grad.float()
