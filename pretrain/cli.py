@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,10 @@ OTHER_RANKS_WAIT_SECONDS = 10
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("pretrain").setLevel(logging.INFO)
+    # megatron-core warns of every optional package it does not find; `pretrain` says itself what it uses.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     try:
         return options.run(options)
     except UserError as error:
@@ -113,10 +119,10 @@ def _ckpt_verify(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pretrain.metrics.report import write_report  # noqa: PLC0415
+    from pretrain.metrics.report import summary, write_report  # noqa: PLC0415
 
-    report = write_report(options.runs, options.out)
-    print(report.summary)
+    folder = write_report(options.runs, options.out)
+    print(f"{summary(options.runs)}\npictures: {folder}")
     return 0
 
 

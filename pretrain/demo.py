@@ -28,7 +28,7 @@ SOURCE = "stdlib"
 
 
 def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
-    """Prepare data, compute baselines, train on as many processes as the layout takes, report. Returns the exit code."""
+    """Prepare data, compute baselines, train on the fewest processes the layout takes, report; returns the exit code."""
     config = load_config(config_file, overrides)
     directory = config.run.directory
     _prepare_corpus(config)
@@ -42,12 +42,12 @@ def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
     if code:
         return code
     print("4/4 report", flush=True)
-    report = write_report([directory], None)
+    folder = write_report([directory])
     best = min(row["valid_bits_per_byte"] for row in read_jsonl(directory / METRICS_FILE) if row["kind"] == "valid")
     print(
         f"\nlearned: {best:.3f} bits per byte on held-out modules (bigram {baselines.bigram_bits_per_byte:.3f}, "
         f"unigram {baselines.unigram_bits_per_byte:.3f}; lower is better)\n"
-        f"see:     {report.folder / 'loss.png'}  (checkpoints in {directory / CHECKPOINTS})\n"
+        f"see:     {folder / 'loss.png'}  (checkpoints in {directory / CHECKPOINTS})\n"
         f"next:    pretrain train {config_file} --set budget.steps={2 * config.total_steps}  goes on training; "
         f"pretrain plan configs/models/sparkling-small.toml  plans a large one"
     )
@@ -99,7 +99,7 @@ def _baselines(config: Config) -> Baselines:
 
 def _train(config_file: Path, config: Config, overrides: Sequence[str]) -> int:
     """`pretrain train` under torchrun, on the fewest processes the layout fits on; returns its exit code."""
-    processes = smallest_world_size(config)
+    processes = smallest_world_size(config.parallel)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "pretrain", "train", str(config_file)]
     command += [f"--set={override}" for override in overrides]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain import run_directory
@@ -134,7 +135,8 @@ def _valid_bytes_per_token(config: Config, valid_data: BlendedDataset | None) ->
 @contextmanager
 def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tuple[Run, TrainState]]:
     """The run, brought to the newest valid checkpoint of its directory when there is one. Collective."""
-    ranks = Ranks()
+    # Over the CPU: what ranks tell each other here are small host values.
+    ranks = Ranks(dist.new_group(backend="gloo"))
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
         with ranks.together():
@@ -156,7 +158,9 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
         state = TrainState(data_fingerprint=train_data.fingerprint)
         changed: list[str] = []
         if newest:
-            state, changed = _restore(newest, config, engine, optimizer, train_data, ranks)
+            state, changed = _restore(
+                newest, config, engine=engine, optimizer=optimizer, train_data=train_data, ranks=ranks
+            )
         recorder = _recorder(config, state, clock) if mesh.is_main else None
         run = Run(
             config=config,
@@ -190,6 +194,7 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
 def _restore(
     path: Path,
     config: Config,
+    *,
     engine: Engine,
     optimizer: ShardedOptimizer,
     train_data: BlendedDataset,

@@ -63,6 +63,9 @@ class RunClock:
         self._seconds["start"] = max(0.0, wall() - self._started_at)
         self._since = monotonic()
         self._steps = 0
+        self.last_step_seconds = 0.0
+        """Wall time of the latest step, data wait included."""
+        self._step_end = 0.0
         self._step_mark = 0.0
         self._interval_mark = self._training_seconds()
 
@@ -70,6 +73,7 @@ class RunClock:
         """End the start-up."""
         self._switch("step")
         self._interval_mark = self._training_seconds()
+        self._step_end = self._interval_mark[0]
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -84,6 +88,8 @@ class RunClock:
     def end_step(self, *, kept: bool = True) -> None:
         """An optimizer step is over; `kept` is false when its update was skipped."""
         self._switch(self._phase)
+        total = self._training_seconds()[0]
+        self.last_step_seconds, self._step_end = total - self._step_end, total
         if not kept:
             wasted = self._seconds["step"] - self._step_mark
             self._seconds["step"] -= wasted
