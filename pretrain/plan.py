@@ -71,7 +71,8 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
     Raises:
         ConfigError: with every rule that is broken.
     """
-    world_size = world_size or smallest_world_size(config.parallel)
+    if world_size is None:
+        world_size = smallest_world_size(config.parallel)
     problems = check(config, world_size)
     if problems:
         raise ConfigError(problems)

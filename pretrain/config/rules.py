@@ -249,32 +249,38 @@ def _saving_rules(config: Config) -> Iterator[str]:
 
 
 def _world_size_rules(config: Config, world_size: int) -> Iterator[str]:
-    parallel, batch = config.parallel, config.batch
-    dense, expert = _model_ranks(parallel), _expert_ranks(parallel)
-    fits = [
-        *_must_divide("parallel.tensor * parallel.pipeline * parallel.context", dense, "world size", world_size),
-        *_must_divide("parallel.expert * parallel.expert_tensor * parallel.pipeline", expert, "world size", world_size),
-    ]
-    yield from fits
-    if world_size % dense:
+    parallel = config.parallel
+    if world_size < 1:
+        yield f"world size = {world_size}: must be at least 1; a run alone has 1"
         return
-    data_parallel = world_size // dense
-    broken = list(
-        _must_divide(
-            f"batch.micro_batch_size * data-parallel size ({batch.micro_batch_size} * {data_parallel})",
-            batch.micro_batch_size * data_parallel,
-            "batch.global_batch_size",
-            batch.global_batch_size,
-        )
+    dense, expert = _model_ranks(parallel), _expert_ranks(parallel)
+    yield from _must_divide("parallel.tensor * parallel.pipeline * parallel.context", dense, "world size", world_size)
+    yield from _must_divide(
+        "parallel.expert * parallel.expert_tensor * parallel.pipeline", expert, "world size", world_size
     )
-    yield from broken
-    microbatches = batch.global_batch_size // (batch.micro_batch_size * data_parallel)
-    if not broken and parallel.pipeline_chunks > 1 and microbatches % parallel.pipeline:
+    if world_size % dense == 0:
+        yield from _batch_rules(config, world_size // dense)
+
+
+def _batch_rules(config: Config, data_parallel: int) -> Iterator[str]:
+    parallel, G, B = config.parallel, config.batch.global_batch_size, config.batch.micro_batch_size
+    at_once = B * data_parallel
+    microbatches = -(-G // at_once)
+    if G % at_once:
+        remedy = f"use {microbatches * at_once}"
+        if G % data_parallel == 0:
+            fitting = next(size for size in range(B, 0, -1) if G // data_parallel % size == 0)
+            remedy += f", or batch.micro_batch_size = {fitting}"
         yield (
-            f"batch.global_batch_size = {batch.global_batch_size}: gives {microbatches} micro-batches per step, which "
-            f"the interleaved schedule needs in multiples of parallel.pipeline = {parallel.pipeline}; use "
-            f"{batch.micro_batch_size * data_parallel * parallel.pipeline * -(-microbatches // parallel.pipeline)}, "
-            "or set parallel.pipeline_chunks = 1"
+            f"batch.global_batch_size = {G}: must be a multiple of batch.micro_batch_size * data-parallel size = "
+            f"{B} * {data_parallel}; {remedy}"
+        )
+    elif parallel.pipeline_chunks > 1 and microbatches % parallel.pipeline:
+        fitting = at_once * parallel.pipeline * -(-microbatches // parallel.pipeline)
+        yield (
+            f"batch.global_batch_size = {G}: gives {microbatches} micro-batches per step, which the interleaved "
+            f"schedule needs in multiples of parallel.pipeline = {parallel.pipeline}; use {fitting}, or set "
+            "parallel.pipeline_chunks = 1"
         )
 
 

@@ -230,7 +230,7 @@ RULES = {
     "batch divides": (
         DENSE,
         {"batch.global_batch_size": 10, "batch.micro_batch_size": 2},
-        "batch.micro_batch_size * data-parallel size (2 * 4)",
+        "batch.global_batch_size",
         {"batch.micro_batch_size": 2, "batch.global_batch_size": 16},
         4,
     ),
@@ -262,6 +262,18 @@ def test_remedy_names_values_that_would_do():
         line
         == "parallel.expert = 3: must divide model.num_experts = 8; use parallel.expert = 2 or model.num_experts = 9"
     )
+
+
+def test_remedy_of_a_batch_that_does_not_divide():
+    (line,) = check(make_config(DENSE, {"batch.global_batch_size": 12, "batch.micro_batch_size": 4}), 2)
+    assert line.endswith("= 4 * 2; use 16, or batch.micro_batch_size = 3")
+    (line,) = check(make_config(DENSE, {"batch.global_batch_size": 13}), 2)
+    assert line.endswith("= 1 * 2; use 14")
+
+
+def test_world_size_is_positive():
+    assert check(make_config(DENSE), 0) == ["world size = 0: must be at least 1; a run alone has 1"]
+    assert check(make_config(DENSE), 1) == []
 
 
 def test_every_rule_at_once():

@@ -1,0 +1,138 @@
+"""Every shipped configuration loads and plans, and the shapes of the papers have their published counts."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.load import dump_config, load_config
+from pretrain.config.rules import check, smallest_world_size
+from pretrain.model.counts import count_parameters
+from pretrain.plan import format_plan, make_plan, quantity
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.toml"))
+
+
+def counts(name):
+    return count_parameters(load_config(CONFIGS / "models" / f"{name}.toml").model)
+
+
+def names(files):
+    return [str(path.relative_to(CONFIGS)) for path in files]
+
+
+@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+def test_loads_plans_and_survives_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    smallest = smallest_world_size(config.parallel)
+    assert make_plan(config).world_size == smallest
+    assert check(config, 2 * smallest + 1) or smallest == 1
+    (tmp_path / "resolved.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize("path", FILES, ids=names(FILES))
+def test_says_what_it_is_and_how_to_run_it(path):
+    text = path.read_text()
+    head = text[: re.search(r"^[^#]", text, re.MULTILINE).start()]
+    assert "pretrain plan configs/" in head or "pretrain train configs/" in head or "-m pretrain train configs/" in head
+    assert f"configs/{path.relative_to(CONFIGS)}" in head
+    ranks = re.search(r"--(?:world-size|nproc-per-node) (\d+)", head)
+    assert make_plan(load_config(path), int(ranks[1]) if ranks else 1)
+
+
+def test_the_folder_is_complete():
+    wanted = {"demo.toml", "debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
+    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE]
+    assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
+
+
+# arXiv 2602.02472, section 5: active / total as printed, 450M/2.56B, 751M/5B, 900M/5.13B and 1.5B/9.96B; one more
+# digit from its configuration table by hand.
+SPARKLING = {
+    "sparkling-small": ("449.5 M", "2.563 B"),
+    "sparkling-inner2x": ("751.5 M", "4.979 B"),
+    "sparkling-hidden2x": ("899.0 M", "5.127 B"),
+    "sparkling-joint": ("1.503 B", "9.959 B"),
+}
+
+
+@pytest.mark.parametrize("name", SPARKLING)
+def test_sparkling(name):
+    active, total = SPARKLING[name]
+    assert (quantity(counts(name).active), quantity(counts(name).total)) == (active, total)
+
+
+def test_sparkling_compute_of_the_papers_convention():
+    """Table 2 of arXiv 2602.02472: 5.40, 9.01, 10.80 and 18.00 e20 FLOPs for 200B tokens."""
+    for name, printed in zip(SPARKLING, (5.40e20, 9.01e20, 10.80e20, 18.00e20), strict=True):
+        plan = make_plan(load_config(CONFIGS / "models" / f"{name}.toml"))
+        assert plan.stages[0].total_flops_6nd == pytest.approx(printed, rel=0.003), name
+
+
+# arXiv 2510.08008 prints 2.1B/18.0B, 3.5B/35.2B, 5.6B/69.0B; the digits are those of the shape inferred from them.
+ORTHOGONAL = {
+    "orthogonal-17b": (2.18, 18.03),
+    "orthogonal-35b": (3.53, 35.24),
+    "orthogonal-70b": (5.66, 69.07),
+}
+
+
+@pytest.mark.parametrize("name", ORTHOGONAL)
+def test_orthogonal(name):
+    active, total = ORTHOGONAL[name]
+    assert (round(counts(name).active / 1e9, 2), round(counts(name).total / 1e9, 2)) == (active, total)
+
+
+# arXiv 2602.11543: shared S, routed experts X and T = S + X of the released configurations, and active parameters, in
+# billions.
+SPES = {
+    "spes-1b": (0.261, 0.906, 1.167, 0.37),
+    "spes-7b": (0.891, 6.442, 7.333, 1.70),
+    "spes-9b": (0.975, 8.456, 9.431, 3.09),
+}
+
+
+@pytest.mark.parametrize("name", SPES)
+def test_spes(name):
+    shared, routed, total, active = SPES[name]
+    found = counts(name)
+    assert round((found.total - found.by_part["routed_experts"]) / 1e9, 3) == shared
+    assert round(found.by_part["routed_experts"] / 1e9, 3) == routed
+    assert round(found.total / 1e9, 3) == total
+    assert round(found.active / 1e9, 2) == active
+
+
+# arXiv 2509.02046: non-embedding parameters, L (3 d ffn + 4 d^2), and tokens at 20 for each of them.
+DENSE = {
+    "dense-130m": (134_217_728, 2.68),
+    "dense-300m": (301_989_888, 6.04),
+    "dense-520m": (536_870_912, 10.74),
+    "dense-1.2b": (1_207_959_552, 24.16),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense(name):
+    parameters, tokens = DENSE[name]
+    assert counts(name).non_embedding == parameters
+    plan = make_plan(load_config(CONFIGS / "models" / f"{name}.toml"))
+    assert round(plan.tokens / 1e9, 2) == tokens
+    assert plan.tokens == pytest.approx(20 * parameters, rel=1e-3)
+
+
+def test_a_changed_shape_is_noticed():
+    """Negative control of the comparisons above: one key/value head more, and the digits differ."""
+    model = load_config(CONFIGS / "models" / "sparkling-small.toml").model
+    other = count_parameters(model.model_copy(update={"num_query_groups": 8}))
+    assert (quantity(other.active), quantity(other.total)) != SPARKLING["sparkling-small"]
+
+
+@pytest.mark.parametrize("name", [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE])
+def test_readme_table_is_what_the_plan_prints(name):
+    found = counts(name)
+    row = f"| `{name}` | {quantity(found.total)} | {quantity(found.active)} | {quantity(found.non_embedding)} |"
+    assert row in (CONFIGS / "README.md").read_text()
+    text = format_plan(make_plan(load_config(CONFIGS / "models" / f"{name}.toml")))
+    assert all(quantity(value) in text for value in (found.total, found.active, found.non_embedding))
