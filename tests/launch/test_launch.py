@@ -21,7 +21,7 @@ import pytest
 LAUNCH = Path(__file__).parents[2] / "launch"
 SCRIPTS = ["launch/env.sh", "launch/slurm.sbatch", "launch/torchrun.sh", ".ci/make-venv", ".ci/run"]
 ARGUMENTS = ["configs/my run.toml", "--set", 'run.directory="a b/$HOME/*"', "--set", "batch.global_batch_size=8"]
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 RECORDED = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK"]
 
 RECORD = f"""#!/usr/bin/env python3
