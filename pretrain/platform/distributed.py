@@ -5,16 +5,21 @@ A run is started by torchrun (or anything that sets RANK, WORLD_SIZE, MASTER_ADD
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from pretrain.errors import UserError
-from pretrain.platform.device import Device
+from pretrain.platform.device import Device, setup
+
+logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 300
 """How long processes wait for each other at the start: nodes of a large job can take minutes to boot their Python."""
@@ -36,6 +41,35 @@ class Launch:
     """Where rank 0 listens; empty in a run of one process that nobody launched."""
     port: int = 0
     launcher: str = "alone"
+
+
+def world_size() -> int:
+    """Processes of this run, known before they have joined."""
+    return dist.get_world_size() if dist.is_initialized() else find_launch().world_size
+
+
+@contextmanager
+def joined() -> Iterator[torch.device]:
+    """This process's prepared device, with the default process group of the run joined for the time of a `with` block.
+
+    A group that exists already is used, and stays.
+    """
+    if dist.is_initialized():
+        yield setup(_integer(os.environ, "LOCAL_RANK", default=0)).device
+        return
+    launch = find_launch()
+    device = setup(launch.local_rank, local_world_size=launch.local_world_size)
+    init_process_group(device, launch)
+    if launch.rank == 0:
+        logger.info("%s, %d processes started by: %s", device.describe(), launch.world_size, launch.launcher)
+    clean = False
+    try:
+        yield device.device
+        clean = True
+    finally:
+        # After an error the other ranks may be in any collective, and NCCL would wait for its own to end.
+        if clean or device.backend == "gloo":
+            shutdown()
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:

@@ -46,7 +46,7 @@ def transformer_config(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**{**fields, **changes})
 
 
-def build(config: TransformerConfig) -> list[GPTModel]:
+def build(config: TransformerConfig, *, tied: bool = False) -> list[GPTModel]:
     """This rank's chunks, with weights that depend on the logical name alone."""
     chunks_per_rank = config.virtual_pipeline_model_parallel_size or 1
     chunks = []
@@ -62,7 +62,7 @@ def build(config: TransformerConfig) -> list[GPTModel]:
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=tied,
             vp_stage=stage,
         )
         for name, parameter in logical_parameters(chunk).items():
@@ -80,7 +80,9 @@ def logical_parameters(chunk: GPTModel) -> Mapping[str, torch.nn.Parameter]:
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
             parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
-        named[".".join(parts)] = parameter
+        # A tied output layer on another stage than the embedding is a copy of it.
+        tied = parts[0] == "output_layer" and chunk.share_embeddings_and_output_weights
+        named["embedding.word_embeddings.weight" if tied else ".".join(parts)] = parameter
     return named
 
 
@@ -97,12 +99,19 @@ def _forward_step(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tu
     return losses, mean
 
 
-def one_step(layout: Mapping[str, int], *, overlap_grad_reduce: bool = False, **changes: Any) -> dict[str, Any]:
-    """Gradients by logical name, and losses, of one global batch. `layout`: sizes for initialize_model_parallel."""
+def one_step(
+    layout: Mapping[str, int], *, overlap_grad_reduce: bool = False, tied: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """Gradients by logical name, and losses, of one global batch.
+
+    Args:
+        layout: sizes for initialize_model_parallel.
+        changes: fields of the model's configuration.
+    """
     parallel_state.initialize_model_parallel(**layout)
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     config = transformer_config(**{**layout, **changes})
-    chunks = build(config)
+    chunks = build(config, tied=tied)
     settings = DistributedDataParallelConfig(overlap_grad_reduce=overlap_grad_reduce, grad_reduce_in_fp32=True)
     wrapped = [
         DistributedDataParallel(config, settings, chunk, disable_bucketing=index > 0)
