@@ -102,3 +102,9 @@ def label_x(ax: Axes, x: XAxis) -> None:
 def title(ax: Axes, text: str, **options: Any) -> None:
     """Left-aligned title of a panel."""
     ax.set_title(text, loc="left", **options)
+
+
+def legend_below(figure: Figure, ax: Axes) -> None:
+    """The legend of `ax` below the whole figure."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)

@@ -16,6 +16,7 @@ from pretrain.metrics.drawing import (
     colour_of,
     growth_breaks,
     label_x,
+    legend_below,
     mark_growth,
     new_figure,
     smooth,
@@ -36,40 +37,40 @@ LINES = (
 def draw_moe(histories: Sequence[History]) -> Figure:
     """Balance over the run as curves; for a single run also, as maps, the fullest expert of each layer over time and
     the load of each expert at the end. Dense runs among the histories are left out."""
-    moe = [history for history in histories if history.is_moe]
-    lines = [(key, text) for key, text in LINES if any(np.isfinite(series(h.train, key)).any() for h in moe)]
-    maps = 1 if len(moe) == 1 else 0
+    moe = [(history, colour_of(index)) for index, history in enumerate(histories) if history.is_moe]
+    only = moe[0][0] if len(moe) == 1 else None
+    lines = [(key, text) for key, text in LINES if any(np.isfinite(series(h.train, key)).any() for h, _ in moe)]
+    maps = 1 if only else 0
     rows = maps + (len(lines) + 1) // 2
     figure, axes = new_figure(rows, 2, width=13, height=3.4 * rows + 0.6, squeeze=False)
-    if maps:
-        loads = [row["moe"]["load"] for row in moe[0].train if "load" in row.get("moe", {})]
+    if only:
+        loads = [row["moe"]["load"] for row in only.train if "load" in row.get("moe", {})]
         if loads:
             _load_at_the_end(figure, axes[0][1], loads[-LAST_ROWS:])
         else:  # too many experts for the rows to hold each
             axes[0][1].remove()
             axes[0][0].set_subplotspec(axes[0][0].get_gridspec()[0, :])
-        _fullest_over_time(figure, axes[0][0], moe[0])
+        _fullest_over_time(figure, axes[0][0], only)
     panels = axes[maps:].flatten()
     for ax, (key, text) in zip(panels, lines, strict=False):
         _curves(ax, moe, key)
         title(ax, text)
     for unused in panels[len(lines) :]:
         unused.set_axis_off()
-    if len(moe) > 1:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    if len(histories) > 1:
+        legend_below(figure, panels[0])
     return figure
 
 
-def _curves(ax: Axes, histories: Sequence[History], key: str) -> None:
-    for index, history in enumerate(histories):
+def _curves(ax: Axes, histories: Sequence[tuple[History, str]], key: str) -> None:
+    for history, colour in histories:
         steps, values = series(history.train, "step"), series(history.train, key)
         if key == "moe.dead_experts_total":
-            ax.step(steps, values, where="post", color=colour_of(index), label=history.name)
+            ax.step(steps, values, where="post", color=colour, label=history.name)
         else:
-            ax.plot(steps, values, color=colour_of(index), alpha=0.25, linewidth=0.8)
-            ax.plot(steps, smooth(values, breaks=growth_breaks(history)), color=colour_of(index), label=history.name)
-        mark_growth([ax], history, colour=MUTED if len(histories) == 1 else colour_of(index))
+            ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            ax.plot(steps, smooth(values, breaks=growth_breaks(history)), color=colour, label=history.name)
+        mark_growth([ax], history, colour=MUTED if len(histories) == 1 else colour)
     if key == "moe.entropy_mean":
         ax.set_ylim(top=1.005)
     else:

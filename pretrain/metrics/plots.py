@@ -22,6 +22,7 @@ from pretrain.metrics.drawing import (
     colour_of,
     growth_breaks,
     label_x,
+    legend_below,
     mark_growth,
     new_figure,
     smooth,
@@ -74,30 +75,29 @@ def draw_loss(histories: Sequence[History]) -> Figure:
     else:
         key = "lines: training, dots: validation, triangles: restarts, crosses: skipped steps"
         title(axes[0], f"Loss of {len(histories)} runs ({key})", pad=12)
-        _legend_below(figure, axes[0])
+        legend_below(figure, axes[0])
     return figure
 
 
 def draw_throughput(histories: Sequence[History]) -> Figure:
     """Tokens per second over all ranks, and model TFLOP/s per device."""
     figure, axes = new_figure(2, 1, width=9.5, height=6.4, sharex=True)
-    medians: dict[str, list[str]] = {"tokens_per_second": [], "model_tflops": []}
+    keys, texts = ("tokens_per_second", "model_tflops"), ("Tokens per second, all ranks", "Model TFLOP/s per device")
     for index, history in enumerate(histories):
         steps = series(history.train, "step")
-        for ax, key in zip(axes, medians, strict=True):
+        for ax, key in zip(axes, keys, strict=True):
             values = series(history.train, key)
             ax.plot(steps, values, color=colour_of(index), alpha=0.25, linewidth=0.8)
             ax.plot(steps, smooth(values, breaks=growth_breaks(history)), color=colour_of(index), label=history.name)
-            middle = float(np.nanmedian(values))
-            medians[key].append(f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}")
         mark_growth(axes, history, colour=MUTED if len(histories) == 1 else colour_of(index))
-    for ax, key, what in zip(axes, medians, ("Tokens per second, all ranks", "Model TFLOP/s per device"), strict=True):
-        title(ax, f"{what} (median {', '.join(medians[key])})")
+    for ax, key, text in zip(axes, keys, texts, strict=True):
+        middle = float(np.nanmedian(series(histories[0].train, key)))
+        title(ax, f"{text} (median {count(middle)})" if len(histories) == 1 else text)
         ax.set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(FuncFormatter(count))
     label_x(axes[1], STEP)
     if len(histories) > 1:
-        _legend_below(figure, axes[0])
+        legend_below(figure, axes[0])
     return figure
 
 
@@ -116,13 +116,14 @@ def draw_lr_and_grad_norm(histories: Sequence[History]) -> Figure:
     axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     title(axes[1], "Gradient norm before clipping (thin: each step, thick: running geometric mean)")
-    axes[1].set_yscale("log")
-    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[1].yaxis.set_minor_locator(NullLocator())
-    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if any((series(history.train, "grad_norm") > 0).any() for history in histories):  # else there is nothing to scale
+        axes[1].set_yscale("log")
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1].yaxis.set_minor_locator(NullLocator())
+        axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     label_x(axes[1], STEP)
     if len(histories) > 1:
-        _legend_below(figure, axes[0])
+        legend_below(figure, axes[0])
     return figure
 
 
@@ -179,10 +180,9 @@ def _event_marks(ax: Axes, history: History, *, x: XAxis, colour: str, bottom: f
         ax.axvline(where, color=colour, **GROWTH_LINE)
         text = event.get("summary", "growth")
         _note(ax, text, (where, 0.98), offset=(-3, 0), colour=colour, ha="right", va="top", rotation=90, share_y=True)
-    # The words at different heights, as the marks may be close together.
     for word, height, marker, events in (
         ("restart", 6, "^", history.restarts),
-        ("skipped", 20, "x", history.events_in_force("skip")),
+        ("skipped", 20 if history.restarts else 6, "x", history.events_in_force("skip")),  # clear of the other word
     ):
         if events:
             places = np.interp([event["step"] for event in events], steps, at)
@@ -254,8 +254,3 @@ def _nats_on_the_right(ax: Axes, factor: float) -> None:
 
 def _times(factor: float) -> Any:
     return lambda values: values * factor
-
-
-def _legend_below(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
