@@ -81,6 +81,8 @@ class WandbTracker:
     ) -> None:
         """`run_id`: of the run to go on with (None: a new one). `logged_step`: last step it was sent before; wandb
         cannot take a step back, so rows up to it are not sent again."""
+        # Crash reports of wandb's own go to its makers with whatever they hold.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb  # noqa: PLC0415  imported only when asked for
         except ImportError as error:
@@ -142,6 +144,7 @@ class WandbTracker:
                 raise
             reason = str(error).splitlines()[0]
             logger.warning("wandb cannot be reached (%s); logging offline, `wandb sync` sends it later", reason)
+            wandb.teardown()  # else its service holds the run id for the failed attempt
             return wandb.init(mode="offline", settings=wandb.Settings(**self._settings), **arguments)
 
     def _feed(self) -> None:

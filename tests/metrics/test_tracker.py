@@ -109,9 +109,11 @@ print("trained")
 
 def test_stuck_service_delays_nothing_but_the_end(tmp_path):
     program = """
-tracker = open_tracker(finish_timeout_seconds=2.0)
+import pretrain.metrics.tracker as module
+module.MAX_QUEUED_ROWS = 100
+tracker = open_tracker(finish_timeout_seconds=1.0)
 service().suspend()
-for step in range(1, 20000):
+for step in range(1, 3000):
     tracker.log({"step": step, **{f"value{i}": float(step) for i in range(30)}})
 print("trained", flush=True)
 tracker.close()
@@ -119,7 +121,7 @@ tracker.close()
     done = run_tracker(tmp_path, program)
     assert done.stdout == "trained\n"
     assert "wandb takes no more rows" in done.stderr
-    assert "wandb did not finish within 2 s" in done.stderr
+    assert "wandb did not finish within 1 s" in done.stderr
 
 
 def test_restart_goes_on_with_the_same_run(tmp_path):
