@@ -50,6 +50,8 @@ def verify(prefix: Path, *, tokenizer: Path | None = None) -> list[Finding]:
         sidecar = read_sidecar(prefix)
         if sidecar is None:
             findings.append(Finding("note", f"{sidecar_path(prefix)}: none; hashes and tokenizer cannot be checked"))
+        else:
+            vocab_size = sidecar.tokenizer.vocab_size
     except DataError as error:
         findings.append(_error(error))
     try:
@@ -57,7 +59,7 @@ def verify(prefix: Path, *, tokenizer: Path | None = None) -> list[Finding]:
     except DataError as error:
         findings.append(_error(error))
     try:
-        vocab_size = _vocab_size(prefix, sidecar, tokenizer)
+        vocab_size = _tokenizer_vocab_size(prefix, sidecar, tokenizer)
     except DataError as error:
         findings.append(_error(error))
     if sidecar is not None:
@@ -71,7 +73,7 @@ def _error(error: DataError) -> Finding:
     return Finding("error", str(error))
 
 
-def _vocab_size(prefix: Path, sidecar: Sidecar | None, tokenizer: Path | None) -> int | None:
+def _tokenizer_vocab_size(prefix: Path, sidecar: Sidecar | None, tokenizer: Path | None) -> int | None:
     """Vocabulary of the dataset's tokenizer, None when it is not known. Raises DataError when it is another one."""
     if sidecar is None:
         return vocab_size_of(load_tokenizer(tokenizer)) if tokenizer else None

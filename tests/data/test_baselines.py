@@ -18,7 +18,9 @@ from pretrain.data.baselines import NgramModel, ngram_baselines
 from pretrain.data.batches import validation_batches
 from pretrain.data.dataset import VALIDATION_SEED, open_blend
 from pretrain.data.files import read_sidecar
+from pretrain.data.text_bytes import bytes_per_token
 from pretrain.errors import DataError
+from tests.data.conftest import write_dataset
 
 
 def tokens_of(prefix: Path) -> np.ndarray:
@@ -110,3 +112,14 @@ def test_datasets_of_different_tokenizers_are_refused(prepared: Path, tmp_path: 
     Path(f"{valid}.json").unlink()
     with pytest.raises(DataError, match=r"valid\.json: no such file"):
         ngram_baselines(prepared / "train", valid)
+
+
+def test_bytes_per_token_is_the_baselines_own(prepared: Path, tmp_path: Path) -> None:
+    source = DataSource(prefix=prepared / "valid")
+    dataset = open_blend([source], sequence_length=16, vocab_size=320, seed=VALIDATION_SEED)
+    result = ngram_baselines(prepared / "train", prepared / "valid", sequence_length=16, num_samples=24)
+    assert bytes_per_token(dataset, 24) == pytest.approx(result.bytes_per_token, rel=1e-12)
+    assert bytes_per_token(dataset, 24) != bytes_per_token(dataset, 12)
+    foreign = DataSource(prefix=write_dataset(tmp_path / "foreign", [range(1, 40)]))
+    mixed = open_blend([source, foreign], sequence_length=16, vocab_size=320, seed=0)
+    assert bytes_per_token(mixed, 4) is None

@@ -152,3 +152,10 @@ def test_another_tokenizer_is_found(dataset: Path, prepared: Path) -> None:
     (finding,) = verify(dataset, tokenizer=other)
     assert "other.json: sha256" in finding.text
     assert "the dataset was made with" in finding.text
+
+
+def test_tokens_are_checked_without_the_tokenizer_file(dataset: Path) -> None:
+    dataset.with_name("tokenizer.json").unlink()
+    patch(Path(f"{dataset}.bin"), 200, b"\x41\x01")
+    texts = [finding.text for finding in verify(dataset)]
+    assert any("token 321 at position 100" in text and "vocabulary, 320" in text for text in texts)
