@@ -73,7 +73,9 @@ class BalanceWindow:
     """Balance figures of each logged step, with dead experts: those without a token in the last `rows` of them."""
 
     def __init__(self, rows: int = WINDOW_ROWS) -> None:
-        self._counts: deque[NDArray[np.int64]] = deque(maxlen=rows)
+        self._rows = rows
+        self._counts: deque[NDArray[np.int64]] = deque()
+        self._sum = np.zeros((0, 0), dtype=np.int64)
 
     def add(
         self, counts: torch.Tensor | NDArray[Any], *, bias: torch.Tensor | NDArray[Any] | None = None
@@ -84,10 +86,14 @@ class BalanceWindow:
         A model that has grown (another L or E) starts a new window.
         """
         latest = np.array(counts, dtype=np.int64)  # a copy: the caller may count on in the same tensor
-        if self._counts and self._counts[0].shape != latest.shape:
+        if self._sum.shape != latest.shape:
             self._counts.clear()
+            self._sum = np.zeros_like(latest)
         self._counts.append(latest)
-        dead = (np.sum(self._counts, axis=0) == 0).sum(axis=1)
+        self._sum += latest
+        if len(self._counts) > self._rows:
+            self._sum -= self._counts.popleft()
+        dead = (self._sum == 0).sum(axis=1)
         figures = balance_figures(latest)
         figures |= {"dead_experts_total": int(dead.sum()), "dead_experts": dead.tolist()}
         if bias is not None:
