@@ -49,6 +49,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            # The interleaved schedule of two stages sends forward and backward to the same neighbour. Batched sends are
+            # told apart by their order alone and get mixed up; overlapped ones go through two groups.
+            overlap_p2p_comm=parallel.pipeline_chunks > 1,
+            batch_p2p_comm=parallel.pipeline_chunks == 1,
             params_dtype=dtype,
             pipeline_dtype=dtype,
             bf16=dtype is torch.bfloat16,
