@@ -263,15 +263,19 @@ def _announce(
         directory,
         world_size=run.mesh.world_size,
         device=str(run.mesh.device),
-        model={"parameters_total": parameters.total, "parameters_active": parameters.active},
+        parameters={"total": parameters.total, "active": parameters.active},
     )
     for problem in damaged:
         run.event("damaged_checkpoint", state, problem=problem)
+    assert run.recorder
     if newest:
         run.event("restart", state, checkpoint=newest.name, changed=list(changed))
         print(f"resumed from {newest} at step {state.step} of {config.total_steps}")
         for change in changed:
             print(f"  changed since: {change}")
+    elif run.recorder.last_step:
+        run.event("restart", state, checkpoint=None)
+        print(f"no checkpoint: what was logged up to step {run.recorder.last_step} is done again from the start")
     else:
         run.event("start", state)
     print(

@@ -70,8 +70,8 @@ def write_atomically(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def write_manifest(directory: Path, *, world_size: int, device: str, model: dict[str, Any]) -> None:
-    """Add this start to the run's manifest. `model` holds the parameter counts the report shows."""
+def write_manifest(directory: Path, *, world_size: int, device: str, parameters: dict[str, int]) -> None:
+    """Add this start to the run's manifest. `parameters`: total and active, for the report."""
     path = directory / MANIFEST_FILE
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
     starts.append(
@@ -86,7 +86,7 @@ def write_manifest(directory: Path, *, world_size: int, device: str, model: dict
             "commit": _commit(),
         }
     )
-    write_atomically(path, json.dumps({"model": model, "starts": starts}, indent=2) + "\n")
+    write_atomically(path, json.dumps({"parameters": parameters, "starts": starts}, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -51,7 +51,8 @@ def train(config: Config) -> int:
         if saved != state.step or state.step == 0:
             save(run, state)
         code = DONE if state.step >= config.total_steps else REQUEUE
-        run.event("finished" if code == DONE else "stopped", state, signal=stop.signal, **clock.goodput())
+        run.event("finished" if code == DONE else "stopped", state, signal=stop.signal)
+        run.event("goodput", state, **clock.goodput())
         return code
 
 

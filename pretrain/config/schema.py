@@ -124,8 +124,6 @@ class DataConfig(Section):
     valid: tuple[DataSource, ...] = ()
     tokenizer: Path | None = None
     """`tokenizer.json` the datasets were made with; its fingerprint is checked against theirs."""
-    cache: Path | None = None
-    """Folder for sample indices (default: `index-cache` beside the first training dataset)."""
 
 
 class BatchConfig(Section):

@@ -39,7 +39,7 @@ class TrainRow:
     memory_bytes: int
     """Rank 0: most device memory allocated so far (GPU), or resident memory of the process (CPU)."""
     aux_losses: Mapping[str, float] = field(default_factory=dict)
-    """Auxiliary losses by name, mean over layers, coefficient included."""
+    """Router losses by their configuration key, mean over MoE layers, without coefficient."""
     moe: Mapping[str, Any] = field(default_factory=dict)
     """Balance of the experts, see `moe.balance_figures`."""
 
