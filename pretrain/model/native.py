@@ -48,7 +48,7 @@ class CausalAttention(MegatronModule):
         assert attn_mask_type is AttnMaskType.causal, attn_mask_type
         self.softmax_scale = softmax_scale
 
-    def forward(
+    def forward(  # noqa: PLR0917 - called by megatron-core, by position
         self,
         query: torch.Tensor,
         key: torch.Tensor,
