@@ -33,4 +33,4 @@ $(READY): pyproject.toml constraints.txt
 
 clean:  ## remove .venv, caches and build products (runs stay)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find pretrain kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
