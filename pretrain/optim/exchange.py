@@ -1,6 +1,6 @@
 """Collectives of the optimizer. Each is called by all ranks of a group with tensors of the same shapes.
 
-Only equal-sized gathers, which gloo has, too.
+gloo gathers equal sizes only, so gathers are padded; uneven all_to_all_single it has.
 """
 
 from __future__ import annotations

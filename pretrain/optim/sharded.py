@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
@@ -161,6 +162,7 @@ class ShardedOptimizer:
         Loads depend on a shard's shape only, which tensor-parallel ranks share, so that these own parts of the same
         tensors. Ranks of other pipeline stages or with other experts have other lists; no collective joins them.
         """
+        assert not dist.is_initialized() or None not in (group, tensor_group), "a process group is missing"
         shards = [shard for shard in self._shards if shard.logical.is_expert == is_expert]
         owners = assign_owners([self._load(shard) for shard in shards], get_pg_size(group))
         plan = [(shard.key, shard.shape, owner) for shard, owner in zip(shards, owners, strict=True)]

@@ -83,7 +83,7 @@ def make_shard(logical: LogicalTensor, layout: Layout, *, dtype: torch.dtype = t
         rank[logical.sharded[axis]] * n if axis in logical.sharded else 0
         for axis, n in zip(logical.axes, shape, strict=True)
     )
-    box = full_value(logical, "init", 0.1)[_slices(offset, shape)]
+    box = full_value(logical, "init", 0.1)[_slices(offset, shape)].contiguous()
     tensor = torch.nn.Parameter(box.reshape(_module_shape(logical, shape)).to(dtype))
     mesh_axis, copy, data = (
         ("expert_tensor", layout.etp_rank, layout.edp_rank)
