@@ -127,6 +127,8 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
+    """How many tokens make an optimizer step, and how they are cut up."""
+
     sequence_length: PositiveInt
     """Tokens per sequence."""
     global_batch_size: PositiveInt
@@ -163,6 +165,8 @@ class MuonConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimizer and its hyperparameters, gradient clipping and skipping."""
+
     kind: Literal["adamw", "muon"] = "adamw"
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
@@ -216,6 +220,8 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
     every_steps: Count = 0
     """Save at every so many steps (0: only at the end and when stopped)."""
     keep: PositiveInt = 3
@@ -227,6 +233,8 @@ class CheckpointConfig(Section):
 
 
 class EvalConfig(Section):
+    """Validation during training."""
+
     every_steps: Count = 0
     """Validate at every so many steps, and at the end (0: never)."""
     batches: PositiveInt = 8
@@ -234,6 +242,8 @@ class EvalConfig(Section):
 
 
 class MetricsConfig(Section):
+    """What is logged, and where."""
+
     log_every_steps: PositiveInt = 1
     """Rows in metrics.jsonl; the progress line is always live."""
     wandb: bool = False
@@ -244,6 +254,8 @@ class MetricsConfig(Section):
 
 
 class RunConfig(Section):
+    """Identity of the run: its folder, seed and precision."""
+
     directory: Path
     """Run directory: configuration, manifest, metrics, events, checkpoints and reports of one run."""
     seed: int = 1234
