@@ -73,8 +73,9 @@ def kill_in_child(folder: Path, step: int, count: int, asynchronous: bool) -> bo
 
 
 def sweep(folder: Path, step: int, asynchronous: bool) -> None:
-    """Kill the save of `step` at every operation in turn and print how many there were. `folder` holds step 1."""
-    original = folder.with_name("original")
+    """Kill the save of `step` after that of step 1 at every operation in turn; print how many there were."""
+    save(folder, 1)
+    original = folder.with_name(f"{folder.name}_original")
     shutil.copytree(folder, original)
     count = 0
     while True:
@@ -83,6 +84,7 @@ def sweep(folder: Path, step: int, asynchronous: bool) -> None:
         if not kill_in_child(folder, step, count, asynchronous):
             break
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=1))
+        assert all(verify_checkpoint(path) == [] for path in checkpoints.steps().values())
         path = checkpoints.latest_valid()
         assert path is not None
         found = read_state(path)["step"]
@@ -100,19 +102,44 @@ def sweep(folder: Path, step: int, asynchronous: bool) -> None:
     print(count)
 
 
-@pytest.mark.parametrize(("step", "asynchronous"), [(2, False), (2, True), (1, False)])
-def test_kill_at_every_operation_of_a_save(tmp_path, step, asynchronous):
+def test_kill_at_every_operation_of_a_save(tmp_path):
     """Step 2 comes after step 1 and retention removes that; step 1 takes its own former place."""
-    save(tmp_path / "checkpoints", 1)
     # In a process of its own: the test process must neither fork with threads running nor keep the hooks.
     code = (
-        "from pathlib import Path; from tests.checkpoint.test_crash import sweep; "
-        f"sweep(Path({str(tmp_path / 'checkpoints')!r}), {step}, {asynchronous})"
+        "from pathlib import Path; from tests.checkpoint.test_crash import sweep\n"
+        f"for i, case in enumerate([(2, False), (2, True), (1, False)]): sweep(Path({str(tmp_path)!r}) / str(i), *case)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # 4 files and 2 folders are brought to the disk, 3 texts and a manifest written, ...
-    assert int(done.stdout) >= 20
+    # 5 files and 3 times a folder are brought to the disk, 4 texts and a shard written, ...
+    counts = [int(line) for line in done.stdout.split()]
+    assert len(counts) == 3
+    assert min(counts) >= 20
+
+
+def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    """A kill does not show a missing fsync, a power loss would. The order of the calls does."""
+    done: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        done.append(("rename", Path(target).name))
+        rename(source, target)
+
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    checkpoints.save(1, whole(bits()), state={}, config_toml=CONFIG)
+    files = {("fsync", path.name) for path in (folder / "step_00000001").iterdir()}
+    assert len(files) == 5
+    assert set(done[:5]) == files
+    assert done[4] == ("fsync", "manifest.json")
+    assert done[5:] == [("fsync", "step_00000001.partial"), ("rename", "step_00000001"), ("fsync", "checkpoints")]
 
 
 def test_leftovers_of_every_kind_are_cleared(tmp_path):
