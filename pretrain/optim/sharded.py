@@ -80,7 +80,7 @@ class ShardedOptimizer:
         self._config = config
         self._rules = make_rules(config, groups)
         self._shards = [shard for shard in shards if shard.logical.trainable]
-        assert len({shard.key for shard in self._shards}) == len(self._shards), "a tensor is listed twice"
+        assert len({(s.key, s.offset) for s in self._shards}) == len(self._shards), "a box is listed twice"
         self._device = self._shards[0].tensor.device
         self._families = [
             self._share_out(is_expert=False, group=groups.dp_cp, tensor_group=groups.tp),

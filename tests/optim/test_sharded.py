@@ -199,7 +199,7 @@ def test_describe_lists_every_tensor():
     assert "decoder.layers.*.mlp.experts.linear_fc1.weight" in text
 
 
-def test_a_tensor_listed_twice_is_refused():
+def test_a_box_listed_twice_is_refused():
     shards = make_shards(MOE, Layout())
     with pytest.raises(AssertionError, match="twice"):
         ShardedOptimizer([*shards, shards[0]], ADAMW, make_groups(Layout()))
