@@ -206,7 +206,8 @@ def _restore(
         changed = changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
         _check_resumable(path, state, config, train_data)
         optimizer.load_state_dict(state.optimizer)
-    read_checkpoint(path, [shard.sharded() for shard in engine.shards] + optimizer.named_state())
+    tensors = [shard.sharded() for shard in engine.shards] + optimizer.named_state()
+    read_checkpoint(path, tensors, group=ranks.group)
     optimizer.load_finished()
     torch.set_rng_state(torch.from_numpy(np.frombuffer(base64.b64decode(state.rng), dtype=np.uint8).copy()))
     return state, changed
