@@ -167,10 +167,10 @@ def split_sizes() -> None:
     _module("transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = to_host  # type: ignore[attr-defined]
 
 
-def uneven_collectives() -> None:
-    """Stands in for all_gather and reduce_scatter of unequal sizes (experts under tensor parallelism), not in gloo."""
+def uneven_gather() -> None:
+    """Stands in for all_gather of unequal sizes, not in gloo: experts under tensor parallelism gather their tokens."""
     mappings = _module("tensor_parallel.mappings")
-    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    even_gather = mappings._gather_along_first_dim
 
     def gather_along_first_dim(
         input_: torch.Tensor,
@@ -179,40 +179,15 @@ def uneven_collectives() -> None:
         use_global_buffer: bool = False,
     ) -> torch.Tensor:
         if output_split_sizes is None or group.size() == 1:
-            return gather(input_, group, output_split_sizes, use_global_buffer)
-        return uneven_all_gather(input_, group, output_split_sizes)
-
-    def reduce_scatter_along_first_dim(
-        input_: torch.Tensor,
-        group: dist.ProcessGroup,
-        input_split_sizes: Sequence[int] | None = None,
-        use_global_buffer: bool = False,
-    ) -> torch.Tensor:
-        if input_split_sizes is None or group.size() == 1:
-            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
-        return uneven_reduce_scatter(input_, group, input_split_sizes)
+            return even_gather(input_, group, output_split_sizes, use_global_buffer)
+        # gloo's all_to_all does take unequal sizes: every rank sends all its rows to everyone.
+        copies = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        rows = [input_.shape[0]] * group.size()
+        dist.all_to_all_single(output, copies, list(output_split_sizes), rows, group=group)
+        return output
 
     mappings._gather_along_first_dim = gather_along_first_dim  # type: ignore[attr-defined]
-    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim  # type: ignore[attr-defined]
-
-
-def uneven_all_gather(x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> torch.Tensor:
-    """Concatenate every rank's `x` [sizes[rank], ...] along the first dimension, on every rank.
-
-    gloo's all_gather wants equal sizes; its all_to_all does not, so each rank sends its rows to everyone.
-    """
-    copies = x.repeat(group.size(), *[1] * (x.dim() - 1))
-    output = x.new_empty(sum(sizes), *x.shape[1:])
-    dist.all_to_all_single(output, copies, list(sizes), [x.shape[0]] * group.size(), group=group)
-    return output
-
-
-def uneven_reduce_scatter(x: torch.Tensor, group: dist.ProcessGroup, sizes: Sequence[int]) -> torch.Tensor:
-    """Sum `x` [sum(sizes), ...] over ranks and keep this rank's `sizes[rank]` rows, added up in rank order."""
-    rows = sizes[group.rank()]
-    parts = x.new_empty(group.size(), rows, *x.shape[1:])
-    dist.all_to_all_single(parts.flatten(0, 1), x.contiguous(), [rows] * group.size(), list(sizes), group=group)
-    return parts.sum(dim=0)
 
 
 def pipeline_sends() -> None:
@@ -248,7 +223,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     random_state,
     router_gemm,
     split_sizes,
-    uneven_collectives,
+    uneven_gather,
     pipeline_sends,
 )
 """Every patch, in the order of application."""

@@ -38,9 +38,9 @@ class Device:
 
     def describe(self) -> str:
         """Every choice in one line, for the log."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         return (
-            f"{self.device} ({name}), {self.backend}, {self.threads} CPU thread{'s' if self.threads > 1 else ''}; "
+            f"{self.device}{name}, {self.backend}, {self.threads} CPU thread{'s' if self.threads > 1 else ''}; "
             f"fp32 products: {self.fp32_matmul}; allocator: {self.allocator}"
         )
 
@@ -118,9 +118,10 @@ def use_onednn_for_fp32() -> str:
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> str:
     """Have glibc keep freed memory for the next step, rather than return it page by page; return what was done.
 
-    A step allocates the same large buffers over and over; fresh pages for them cost more than the arithmetic.
-    Forward and backward of 16 experts (1024 x 1024, 4096 rows, fp32, one thread): 2.6 s without, 1.3 s with, the same
-    as with MALLOC_* in the environment of the process; peak memory 1.0 -> 1.3 GB.
+    A step allocates the same large buffers over and over, and the system clears every page it hands out. CPU time of
+    forward and backward, fp32, one thread: 16 experts (1024 x 1024, 4096 rows, even routing) 2.6 s without, 1.3 s with,
+    the same as with MALLOC_* in the environment of the process; 16 experts (512 x 512, 8192 rows, another random
+    routing every step) 0.74 s without, 0.60 s with. Peak memory 1.0 -> 1.3-1.5 GB, and 0.74 -> 0.75 GB after 120 steps.
     """
     given = sorted(name for name in _MALLOPT if name in environment)
     if given:

@@ -109,6 +109,13 @@ def one_step(
         changes: fields of the model's configuration.
     """
     parallel_state.initialize_model_parallel(**layout)
+    try:
+        return _one_step(layout, overlap_grad_reduce=overlap_grad_reduce, tied=tied, **changes)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _one_step(layout: Mapping[str, int], *, overlap_grad_reduce: bool, tied: bool, **changes: Any) -> dict[str, Any]:
     tensor_parallel.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
     config = transformer_config(**{**layout, **changes})
     chunks = build(config, tied=tied)
@@ -135,5 +142,4 @@ def one_step(
     gradients = {
         name: parameter.main_grad.clone() for chunk in chunks for name, parameter in logical_parameters(chunk).items()
     }
-    parallel_state.destroy_model_parallel()
     return {"gradients": gradients, "losses": [output["loss"] for output in outputs]}

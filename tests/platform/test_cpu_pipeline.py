@@ -128,9 +128,10 @@ def test_a_stage_may_free_its_output_while_it_is_sent() -> None:
 
 
 def test_gloo_alone_sends_freed_memory() -> None:
-    """Whatever lies there: other values, or no memory at all, which fails the send."""
+    """What lies there by then, or, where the allocator has returned it to the system, nothing: the sender dies."""
     try:
         received = run_ranks(send_and_free, 2, False)[1]
-    except AssertionError:
-        return
-    assert not torch.equal(received, torch.ones(1 << 20))
+    except AssertionError as error:
+        assert "Connection closed by peer" in str(error)  # noqa: PT017 - one of two outcomes
+    else:
+        assert not torch.equal(received, torch.ones(1 << 20))
