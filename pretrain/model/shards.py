@@ -8,16 +8,17 @@ into a megatron-core ShardedTensor under a key of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.config.schema import ModelConfig
-from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.model.logical import LogicalTensor, MeshAxis, logical_tensors
 from pretrain.model.transformer_engine import TE_NAMES
 
 
@@ -65,7 +66,7 @@ class Shard:
 
 
 def collect_shards(
-    chunks: Sequence[torch.nn.Module], model: ModelConfig, groups: ProcessGroupCollection
+    chunks: Sequence[GPTModel], model: ModelConfig, groups: ProcessGroupCollection
 ) -> list[Shard]:
     """Shards of all weights and persistent buffers of this rank's model chunks, in the model's order.
 
@@ -74,6 +75,11 @@ def collect_shards(
     """
     logical = {tensor.key: tensor for tensor in logical_tensors(model)}
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": groups.dp_cp}
+    sizes: dict[MeshAxis, int] = {
+        "tensor": groups.tp.size(),
+        "expert": groups.ep.size(),
+        "expert_tensor": groups.expt_tp.size(),
+    }
     shards = []
     for chunk in chunks:
         owned = (*chunk.parameters(), *chunk.buffers())
@@ -81,7 +87,8 @@ def collect_shards(
         for item in chunk.sharded_state_dict(metadata=metadata).values():
             if isinstance(item, ShardedObject):
                 continue  # An empty `_extra_state` of megatron-core's linears.
-            shards.append(_locate(logical[_logical_key(item.key)], item, by_pointer[item.data.data_ptr()]))
+            tensor = by_pointer[item.data.data_ptr()]
+            shards.append(_locate(logical[_logical_key(item.key)], item, tensor, sizes))
         covered = {id(shard.tensor) for shard in shards}
         missing = [name for name, parameter in chunk.named_parameters() if id(parameter) not in covered]
         assert not missing, f"parameters without a logical tensor: {missing}"
@@ -97,26 +104,22 @@ def _logical_key(key: str) -> str:
     return key
 
 
-def _locate(logical: LogicalTensor, item: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor) -> Shard:
+def _locate(
+    logical: LogicalTensor,
+    item: ShardedTensor | ShardedTensorFactory,
+    tensor: torch.Tensor,
+    sizes: Mapping[MeshAxis, int],
+) -> Shard:
     """The box of `logical` that megatron-core's description `item` of `tensor` amounts to."""
-    if isinstance(item, ShardedTensorFactory):
-        # Fused gate and up: megatron-core splits them into two boxes; the gate's place is that of both.
-        item = item.build()[0]
-    offset = _unravel(item.global_offset, item.global_shape, logical)
-    replica = tuple(item.replica_id)
-    shape = list(logical.shape)
-    for axis, name in enumerate(logical.axes):
-        if name in logical.sharded:
-            rest = math.prod(shape[:axis] + shape[axis + 1 :])
-            # One sharded axis at a time explains the element count, except for experts, which come as boxes.
-            shape[axis] = item.local_shape[axis] if _is_box(item, logical) else tensor.numel() // rest
+    # Fused gate and up: megatron-core splits them into two boxes; the gate's place is that of both.
+    located = item.build()[0] if isinstance(item, ShardedTensorFactory) else item
+    shape = logical.local_shape(sizes)
+    if located.prepend_axis_num:
+        # One parameter per expert: a box of extent one along the axes that megatron-core prepends.
+        shape = (1,) * located.prepend_axis_num + shape[located.prepend_axis_num :]
     assert math.prod(shape) == tensor.numel(), f"{logical.key}: box {shape} for a tensor of {tuple(tensor.shape)}"
-    return Shard(logical, offset, tuple(shape), tensor, replica)
-
-
-def _is_box(item: ShardedTensor, logical: LogicalTensor) -> bool:
-    """Whether `item` is given in logical axes already, as our own experts do."""
-    return tuple(item.global_shape) == logical.shape
+    offset = _unravel(located.global_offset, located.global_shape, logical)
+    return Shard(logical, offset, shape, tensor, tuple(located.replica_id))
 
 
 def _unravel(offset: Sequence[int], shape: Sequence[int], logical: LogicalTensor) -> tuple[int, ...]:
