@@ -36,14 +36,7 @@ def train(config: Config) -> int:
         saved = state.step
         while state.step < config.total_steps and not stop.agree(mesh.device):
             # Between two steps is where a model may change shape: engine and optimizer are replaced, the rest stays.
-            batch = next_batch(run)
-            reset_routing_stats(run.engine)
-            loss = run.engine.forward_backward(iter(batch))
-            result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
-            state.advance(config, flops_per_token(config))
-            note_skip(run, state, result)
-            clock.end_step(kept=not result.skipped)
-            log_step(run, state, float(loss), result)
+            train_step(run, state)
             if is_due(config.eval.every_steps, state, config):
                 log_evaluation(run, state)
             if is_due(config.checkpoint.every_steps, state, config):
@@ -74,6 +67,19 @@ def flops_per_token(config: Config) -> int:
 def is_due(every_steps: int, state: TrainState, config: Config) -> bool:
     """Whether something that happens every so many steps (0: never), and at the end, happens after this one."""
     return every_steps > 0 and (state.step % every_steps == 0 or state.step == config.total_steps)
+
+
+def train_step(run: Run, state: TrainState) -> float:
+    """Train on one global batch and log it; returns its loss. Collective."""
+    batch = next_batch(run)
+    reset_routing_stats(run.engine)
+    loss = float(run.engine.forward_backward(iter(batch)))
+    result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
+    state.advance(run.config, flops_per_token(run.config))
+    note_skip(run, state, result)
+    run.clock.end_step(kept=not result.skipped)
+    log_step(run, state, loss, result)
+    return loss
 
 
 def next_batch(run: Run) -> list[Batch]:
