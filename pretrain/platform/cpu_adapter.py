@@ -97,7 +97,7 @@ def streams() -> None:
     torch.cuda.synchronize = lambda device=None: None
 
 
-def _torch_with(**replacements: Any) -> types.ModuleType:
+def torch_with(**replacements: Any) -> types.ModuleType:
     """A module that is torch but for `replacements`, to be put where a module holds the name `torch`."""
     stand_in = types.ModuleType("torch")
     stand_in.__dict__.update(torch.__dict__)
@@ -105,7 +105,9 @@ def _torch_with(**replacements: Any) -> types.ModuleType:
     return stand_in
 
 
-def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A factory function that makes tensors for `device="cuda"` on the CPU."""
+
     @functools.wraps(factory)
     def wrapper(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         return factory(*args, device="cpu" if device == "cuda" else device, **kwargs)
@@ -115,7 +117,7 @@ def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 def device_literals() -> None:
     """Stands in for `device="cuda"` in the schedules' token counters, the auxiliary-loss log and the causal masks."""
-    stand_in = _torch_with(zeros=_on_host(torch.zeros), ones=_on_host(torch.ones))
+    stand_in = torch_with(zeros=on_host(torch.zeros), ones=on_host(torch.ones))
     for name in ("pipeline_parallel.schedules", "transformer.moe.moe_utils", "transformer.utils"):
         _module(name).torch = stand_in  # type: ignore[attr-defined]
 
@@ -126,7 +128,7 @@ def random_state() -> None:
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
     cuda.__dict__.update(get_rng_state=torch.get_rng_state, manual_seed=torch.manual_seed)
-    random.torch = _torch_with(cuda=cuda)  # type: ignore[attr-defined]
+    random.torch = torch_with(cuda=cuda)  # type: ignore[attr-defined]
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
     random.CudaRNGStatesTracker.fork = _fork  # type: ignore[attr-defined]

@@ -101,8 +101,8 @@ def use_onednn_for_fp32() -> str:
 
     The switch says "bf16", but bf16 arithmetic only comes with AMX units; without, oneDNN computes in fp32. On an AMD
     EPYC with AVX-512 it was 1.0-1.1x as fast as MKL on expert layers (8-32 experts, 128-512 wide, one thread,
-    interleaved), and 0.4x on products as small as 16 x 128 x 128. The outcome depends on
-    the machine alone and on no timing, so all ranks and restarts agree.
+    interleaved), and 0.4x on products as small as 16 x 128 x 128. The outcome depends on the machine alone and on no
+    timing, so all ranks and restarts agree.
     Not to be mixed with torch.set_float32_matmul_precision, which raises afterwards.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

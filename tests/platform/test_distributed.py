@@ -164,7 +164,7 @@ def test_a_missing_rank_0_is_said(no_group: None, free_port: int) -> None:
 
 
 JOIN = """
-import torch, torch.distributed as dist
+import os, torch, torch.distributed as dist
 from pretrain.platform import device, distributed
 cpu = device.Device(torch.device("cpu"), "gloo", 1, fp32_matmul="", allocator="")
 distributed.setup = lambda local_rank, local_world_size=1: cpu
@@ -175,7 +175,8 @@ with distributed.joined() as where:
     with distributed.joined() as again:  # an existing group is used, and stays
         assert again == where
     assert dist.is_initialized()
-print(f"{total.item():.0f} of {expected} on {where}; left: {not dist.is_initialized()}")
+line = f"{total.item():.0f} of {expected} on {where}; left: {not dist.is_initialized()}\\n"
+os.write(1, line.encode())  # at once: the two processes share a pipe, and print writes the newline by itself
 """
 
 
