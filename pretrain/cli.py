@@ -1,7 +1,7 @@
 """The command line: every command parses its arguments here and calls one function elsewhere.
 
 Exit codes: 0 done; 1 something is wrong with what was looked at, or the program has a fault; 2 the input is wrong;
-75 saved after a request to stop, start again.
+75 saved after a request to stop, start again; 130 interrupted by Ctrl-C before there was anything to save.
 """
 
 from __future__ import annotations
@@ -13,37 +13,69 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from pretrain import __version__
 from pretrain.config.load import load_config
-from pretrain.errors import UserError
+from pretrain.errors import ConfigError, UserError
 
-USER_ERROR = 2
-OTHER_RANKS_WAIT_SECONDS = 10
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+SPEAK_AFTER_SECONDS = 10
+"""Ranks other than 0 wait this long before they tell of an error: rank 0 has nearly all of them, too, tells, and ends
+the job."""
+LOST_PEER_SECONDS = 15
+"""A rank that lost another one waits this long before it ends: the launcher ends the job with the first rank that ends,
+and that should be the one that knows why, after its own wait."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    _quieten()
+    try:
+        return options.run(options)
+    except UserError as error:
+        _say_error(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`pretrain plan ... | head`); keep Python from writing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        time.sleep(LOST_PEER_SECONDS)
+        _say_error(f"another rank has ended, look for its message ({str(error).splitlines()[0]})")
+        return FAILED
+
+
+def _quieten() -> None:
+    """Our own log, one line a message; no warnings that a user can do nothing about."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("pretrain").setLevel(logging.INFO)
     # megatron-core warns of every optional package it does not find; `pretrain` says itself what it uses.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    try:
-        return options.run(options)
-    except UserError as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank != "0":
-            # Rank 0 raises nearly all user errors, too, and says so; the job is then ended. Else this rank speaks.
-            time.sleep(OTHER_RANKS_WAIT_SECONDS)
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except BrokenPipeError:
-        # The reader of our output went away (`pretrain plan ... | head`); keep Python from writing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    # It also calls collectives by names that torch 2.13 is about to rename.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+
+def _say_error(text: str) -> None:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank != "0":
+        time.sleep(SPEAK_AFTER_SECONDS)
+    print(f"error: {text}" if rank == "0" else f"error on rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone: the cause lies there, not in this traceback."""
+    return "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -74,13 +106,24 @@ def _data_prepare(options: argparse.Namespace) -> int:
         "valid_fraction": options.valid_fraction,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    splits = prepare(PrepareOptions(inputs=tuple(options.inputs), output=options.output, **chosen), show_progress=True)
+    try:
+        prepare_options = PrepareOptions(inputs=tuple(options.inputs), output=options.output, **chosen)
+    except ValidationError as error:
+        raise ConfigError([_explain_option(problem) for problem in error.errors()]) from error
+    splits = prepare(prepare_options, show_progress=True)
     for split, sidecar in splits.items():
         print(
             f"{options.output / split}.bin: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, "
             f"{sidecar.text_bytes:,} bytes of text"
         )
     return 0
+
+
+def _explain_option(problem: Mapping[str, Any]) -> str:
+    """pydantic's word on an option, as one line."""
+    option = "--" + str(problem["loc"][0]).replace("_", "-")
+    rule = problem["msg"].replace("Input should be", "must be")
+    return f"{option} {problem['input']}: {rule}; give another value"
 
 
 def _data_verify(options: argparse.Namespace) -> int:
@@ -134,50 +177,90 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pretrain", description="Pretraining of mixture-of-experts language models on megatron-core."
+        prog="pretrain",
+        description="Pretraining of mixture-of-experts language models on megatron-core.",
+        epilog="example:\n  pretrain demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"meristem {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run_commands(commands)
+    _add_data_commands(commands)
+    _add_result_commands(commands)
+    return parser
 
-    def command(
-        into: argparse._SubParsersAction, name: str, run: object, text: str, example: str
-    ) -> argparse.ArgumentParser:
-        sub = into.add_parser(name, help=text, description=text, epilog=f"example: {example}")
-        sub.set_defaults(run=run)
-        return sub
 
-    def configured(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
-        _add_set(sub)
+def _command(
+    into: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int] | None,
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a command, or (`run` None) a group of commands."""
+    sub = into.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        # Leaves an example on one line, for copying.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    return sub
 
-    train = command(
+
+def _add_run_commands(commands: argparse._SubParsersAction) -> None:
+    train = _command(
         commands,
         "train",
         _train,
-        "Train, or go on training, one run.",
+        "Train one run, or go on with it from its newest valid checkpoint.",
         "torchrun --nproc-per-node 8 -m pretrain train configs/moe-8gpu.toml --set optim.lr=2e-4",
     )
-    configured(train)
-    plan = command(
+    plan = _command(
         commands,
         "plan",
         _plan,
         "Check a configuration and print every number that follows from it.",
         "pretrain plan configs/models/sparkling-joint.toml --world-size 64",
     )
-    configured(plan)
     plan.add_argument("--world-size", type=_positive, help="ranks (default: the fewest that the layout fits on)")
     plan.add_argument("--json", action="store_true", help="for programs")
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "Prepare a corpus, train a small mixture of experts on it, and report.",
+        "pretrain demo configs/demo.toml --set budget.steps=600",
+    )
+    for sub in (train, plan):
+        sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
+    demo.add_argument(
+        "config",
+        type=Path,
+        nargs="?",
+        default=Path("configs/demo.toml"),
+        metavar="CONFIG",
+        help="configuration file (default: %(default)s)",
+    )
+    for sub in (train, plan, demo):
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override one key, e.g. optim.lr=3e-4; repeatable",
+        )
 
-    data = commands.add_parser("data", help="Prepare and verify datasets.").add_subparsers(
+
+def _add_data_commands(commands: argparse._SubParsersAction) -> None:
+    example = "pretrain data prepare books/ code/ --output data/mine --vocab-size 32768"
+    data = _command(commands, "data", None, "Prepare and verify datasets.", example).add_subparsers(
         required=True, metavar="COMMAND"
     )
-    prepare = command(
-        data,
-        "prepare",
-        _data_prepare,
-        "Turn text, code or JSONL into a Megatron dataset with a tokenizer.",
-        "pretrain data prepare books/ code/ --output data/mine --vocab-size 32768",
+    prepare = _command(
+        data, "prepare", _data_prepare, "Turn text, code or JSONL into a Megatron dataset with a tokenizer.", example
     )
     prepare.add_argument("inputs", nargs="+", help="files, folders, or `stdlib` for Python's own sources")
     prepare.add_argument("--output", type=Path, required=True, help="folder to be made")
@@ -186,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--tokenizer", type=Path, help="tokenizer.json to use (default: train one)")
     prepare.add_argument("--vocab-size", type=_positive, help="size of the tokenizer that is trained")
     prepare.add_argument("--valid-fraction", type=float, help="share held out for validation")
-    verify = command(
+    verify = _command(
         data,
         "verify",
         _data_verify,
@@ -196,17 +279,18 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx")
     verify.add_argument("--tokenizer", type=Path, help="tokenizer.json the dataset should have been made with")
 
-    ckpt = commands.add_parser("ckpt", help="List and verify checkpoints.").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+
+def _add_result_commands(commands: argparse._SubParsersAction) -> None:
+    ckpt = _command(
+        commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo"
+    ).add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("ls", _ckpt_ls, "List the checkpoints of a run."),
         ("verify", _ckpt_verify, "Read every checkpoint of a run in full and compare it with its hashes."),
     ):
-        sub = command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
+        sub = _command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
         sub.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
-
-    report = command(
+    report = _command(
         commands,
         "report",
         _report,
@@ -214,32 +298,10 @@ def _parser() -> argparse.ArgumentParser:
         "pretrain report runs/small runs/large --out comparison",
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    report.add_argument("--out", type=Path, help="folder (default: report/ in the first run)")
-
-    demo = command(
-        commands,
-        "demo",
-        _demo,
-        "Prepare a corpus, train a small mixture of experts on 2 processes, and report.",
-        "pretrain demo",
-    )
-    demo.add_argument("config", type=Path, nargs="?", default=Path("configs/demo.toml"), metavar="CONFIG")
-    _add_set(demo)
-    return parser
-
-
-def _add_set(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override one key, e.g. optim.lr=3e-4; repeatable",
-    )
+    report.add_argument("--out", type=Path, help="folder (default: report/ in the run, or beside several runs)")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)

@@ -139,11 +139,12 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
     ranks = Ranks(dist.new_group(backend="gloo"))
     torch.manual_seed(config.run.seed)
     with ExitStack() as stack:
+        # Before the directory is made: a missing dataset leaves nothing behind.
+        with ranks.together():
+            train_data, valid_data = open_data(config)
         with ranks.together():
             if mesh.is_main:
                 stack.enter_context(run_directory.locked(config.run.directory))
-        with ranks.together():
-            train_data, valid_data = open_data(config)
         engine = build_engine(config, mesh)
         optimizer = ShardedOptimizer(engine.shards, config.optim, mesh.groups)
         damaged: list[str] = []
@@ -161,7 +162,9 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
             state, changed = _restore(
                 newest, config, engine=engine, optimizer=optimizer, train_data=train_data, ranks=ranks
             )
-        recorder = _recorder(config, state, clock) if mesh.is_main else None
+        with ranks.together():
+            recorder = _recorder(config, state, clock) if mesh.is_main else None
+            valid_bytes_per_token = _valid_bytes_per_token(config, valid_data) if mesh.is_main else None
         run = Run(
             config=config,
             mesh=mesh,
@@ -180,12 +183,13 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
             checkpoints=checkpoints,
             clock=clock,
             recorder=recorder,
-            valid_bytes_per_token=_valid_bytes_per_token(config, valid_data) if mesh.is_main else None,
+            valid_bytes_per_token=valid_bytes_per_token,
             durable=durable,
         )
-        if recorder:
-            stack.callback(recorder.close)
-            _announce(run, state, newest, damaged=damaged, changed=changed)
+        with ranks.together():
+            if recorder:
+                stack.callback(recorder.close)
+                _announce(run, state, newest, damaged=damaged, changed=changed)
         yield run, state
         checkpoints.wait()
         run.report_durable(state)

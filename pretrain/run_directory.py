@@ -35,45 +35,63 @@ PACKAGES = ("torch", "megatron-core", "numpy", "triton", "transformer-engine")
 def locked(directory: Path) -> Iterator[None]:
     """Hold the run directory, made if needed, for this job alone. Call on one rank only.
 
-    The lock is the kernel's: it ends with the process, however that ends.
+    The lock is the kernel's: it ends with the process, however that ends. Raises RunDirectoryError when another process
+    holds it, or the directory cannot be written to.
     """
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held for the whole block)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"run.directory = {directory}: cannot be written ({error.strerror}); choose a writable folder"
-        ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        with _writing(directory):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise RunDirectoryError(
+                    f"run.directory = {directory}: in use by {holder}; wait for that run to end, stop it, or choose "
+                    f"another directory"
+                ) from error
             lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            raise RunDirectoryError(
-                f"run.directory = {directory}: in use by {holder}; stop that run or choose another directory"
-            ) from error
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+            lock.truncate()
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
         yield
 
 
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Errors of the file system as a RunDirectoryError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run.directory = {directory}: cannot be written ({error.strerror}); free some space there, mend its "
+            f"permissions, or choose another directory"
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step, so that a crash leaves the old or the new one."""
+    """Replace a small file of a run directory in one step, so that a crash leaves the old or the new one.
+
+    Raises RunDirectoryError, and leaves nothing else behind, when it cannot be written.
+    """
     aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with _writing(path.parent):
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def write_manifest(directory: Path, *, world_size: int, device: str, parameters: dict[str, int]) -> None:
     """Add this start to the run's manifest. `parameters`: total and active, for the report."""
     path = directory / MANIFEST_FILE
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    starts = _earlier_starts(path)
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -87,6 +105,15 @@ def write_manifest(directory: Path, *, world_size: int, device: str, parameters:
         }
     )
     write_atomically(path, json.dumps({"parameters": parameters, "starts": starts}, indent=2) + "\n")
+
+
+def _earlier_starts(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunDirectoryError(f"{path}: damaged, lists no starts of the run; move the file away") from error
 
 
 def _version(package: str) -> str | None:
