@@ -21,17 +21,25 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from pretrain.config.schema import ModelConfig, ParallelConfig
+from pretrain.errors import ConfigError
 from pretrain.model import transformer_engine
 from pretrain.model.native import NativeBackend
 from pretrain.model.router import CountingRouter, PlainSigmoidRouter
 from pretrain.model.transformer_config import transformer_config
 
 
-def choose_backend(model: ModelConfig) -> BackendSpecProvider:
-    """The layer implementations for `model.backend` on this machine."""
+def choose_backend(model: ModelConfig, parallel: ParallelConfig) -> BackendSpecProvider:
+    """The layer implementations for `model.backend` on this machine; a ConfigError where they do not fit the layout."""
     use_te = torch.cuda.is_available() and transformer_engine.is_available()
     if model.backend == "transformer_engine" or (model.backend == "auto" and use_te):
         return transformer_engine.backend()
+    if parallel.context > 1:
+        raise ConfigError(
+            [
+                f'parallel.context = {parallel.context}: needs model.backend = "transformer_engine" and a GPU; '
+                "set them up, or parallel.context = 1"
+            ]
+        )
     return NativeBackend()
 
 
@@ -45,7 +53,7 @@ def build_chunks(
 ) -> list[GPTModel]:
     """This rank's pipeline chunks, in order, with uninitialised weights (see `pretrain.model.initialise`)."""
     config = transformer_config(model, parallel, precision)
-    backend = choose_backend(model)
+    backend = choose_backend(model, parallel)
     stage, stages, chunks = groups.pp.rank(), groups.pp.size(), parallel.pipeline_chunks
     built = []
     for chunk in range(chunks):

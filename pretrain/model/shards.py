@@ -65,9 +65,7 @@ class Shard:
         )
 
 
-def collect_shards(
-    chunks: Sequence[GPTModel], model: ModelConfig, groups: ProcessGroupCollection
-) -> list[Shard]:
+def collect_shards(chunks: Sequence[GPTModel], model: ModelConfig, groups: ProcessGroupCollection) -> list[Shard]:
     """Shards of all weights and persistent buffers of this rank's model chunks, in the model's order.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +130,9 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     return Engine(chunks, wrapped, shards, mesh, config.batch)
 
 
-def _forward_step(microbatches: Iterator[Batch], chunk: torch.nn.Module):
+def _forward_step(
+    microbatches: Iterator[Batch], chunk: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
     """megatron-core's forward step: losses [B, S] of a micro-batch and the function that averages them."""
     batch = next(microbatches)
     tokens = batch["tokens"]
