@@ -27,7 +27,7 @@ from pretrain.metrics.recorder import EVENTS_FILE, METRICS_FILE
 from pretrain.metrics.report import write_report
 from pretrain.platform.device import thread_count
 from pretrain.run_directory import CHECKPOINTS, locked
-from pretrain.train import DONE, REQUEUE
+from pretrain.signals import DONE, REQUEUE
 
 # The sources of the Python standard library come with every Python.
 SOURCE = "stdlib"

@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+DONE, REQUEUE = 0, 75
+"""Exit codes of training: the budget is used up; saved after a request to stop, start me again (EX_TEMPFAIL)."""
+
 
 class StopRequest:
     """Whether somebody asked this job to save and end. One rank hearing it is enough."""

@@ -19,10 +19,7 @@ from pretrain.parallel.mesh import Mesh, mesh_of
 from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias
 from pretrain.platform import distributed
 from pretrain.run import Run, TrainState, restore_or_build
-from pretrain.signals import graceful_stop
-
-DONE, REQUEUE = 0, 75
-"""Exit codes: the budget is used up; saved after a request to stop, start me again (EX_TEMPFAIL)."""
+from pretrain.signals import DONE, REQUEUE, graceful_stop
 
 
 def train(config: Config) -> int:
