@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch.distributed as dist
 
 from pretrain.errors import UserError
@@ -160,6 +161,12 @@ def router_gemm() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
 
 
+def compiled_helpers() -> None:
+    """Stands in for torch.compile, in which megatron-core wraps a few small functions (routing with a selection bias is
+    one): on a CPU that needs a C++ compiler at run time, and seconds at the first step, to save next to nothing."""
+    torch._dynamo.config.disable = True
+
+
 def split_sizes() -> None:
     """Stands in for the copy of split sizes to the host, which turns them into numpy only when they were on a GPU."""
 
@@ -224,6 +231,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     device_literals,
     random_state,
     router_gemm,
+    compiled_helpers,
     split_sizes,
     uneven_gather,
     pipeline_sends,

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 
@@ -36,6 +35,17 @@ def split_sizes_to_numpy() -> None:
     sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2, 3]), as_numpy=True)
     assert not torch.is_tensor(sizes)
     assert sizes.tolist() == [2, 3]
+
+
+def swiglu_without_compiler() -> None:
+    """A function that megatron-core wraps in torch.compile, on a machine that has no C++ compiler."""
+    import torch._inductor.config
+    from megatron.core.fusions.fused_bias_swiglu import swiglu
+
+    torch._inductor.config.cpp.cxx = ("/no/such/compiler",)
+    torch._inductor.config.force_disable_caches = True  # nor something compiled earlier
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(swiglu(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
 
 
 def masks() -> None:
@@ -66,13 +76,14 @@ CASES: dict[str, tuple[Callable[[], None], ...]] = {
     "device_literals": (train_one_step, masks, auxiliary_loss_log),
     "random_state": (train_one_step,),
     "router_gemm": (train_one_step,),
+    "compiled_helpers": (swiglu_without_compiler,),
     "split_sizes": (split_sizes_to_numpy,),
 }
 """The other patches matter between processes only; their cases are in test_cpu_pipeline and test_cpu_experts."""
 
 
 def outcome(case: Callable[[], None], patches: tuple[Callable[[], None], ...]) -> str:
-    """Apply `patches` and run `case` in a fork; return its last error line, or nothing."""
+    """Apply `patches` and run `case` in a fork; return its error on one line, or nothing."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -81,8 +92,8 @@ def outcome(case: Callable[[], None], patches: tuple[Callable[[], None], ...]) -
             cpu_adapter.PATCHES = patches
             cpu_adapter.apply()
             case()
-        except BaseException:
-            error = traceback.format_exc().strip().splitlines()[-1]
+        except BaseException as raised:
+            error = " ".join(f"{type(raised).__name__}: {raised}".split())
         os.write(writer, (error[:1000] + "\n").encode())
         os._exit(0)
     os.close(writer)
