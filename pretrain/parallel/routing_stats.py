@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from pretrain.config.schema import ModelConfig
 from pretrain.model.router import CountingRouter
@@ -38,7 +38,8 @@ def reset_routing_stats(engine: Engine) -> None:
     """Forget the counts and losses of the step before."""
     for router in _routers(engine).values():
         router.load.zero_()
-    clear_aux_losses_tracker()
+    # Emptied rather than zeroed: megatron-core sizes it by the first model it sees.
+    get_moe_layer_wise_logging_tracker().clear()
 
 
 def expert_load(engine: Engine, model: ModelConfig) -> torch.Tensor:

@@ -12,9 +12,11 @@ from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, en
 from tests.parallel.cases import LAYOUTS, PAIRS, STEPS, configuration, outcome
 
 # Layouts add the same fp32 numbers up in other orders, each addition off by up to 6e-8 of its result. Measured over
-# the table, and allowed about five times over: losses and norms differ by 3e-7 of their value, gradients by 1.5e-6 of
-# their tensor's largest entry, weights (norm gains are near 1) by 2.4e-7.
-LOSS_TOLERANCE = 1.5e-6
+# the table, and allowed several times over: losses differ by 2e-7 of their value, gradients of the first step by
+# 1.3e-6 of their tensor's largest entry, weights after the last (norm gains are near 1) by 2.6e-7, and gradient norms
+# by 1.5e-6, most of it by the third step, from weights that differ already.
+LOSS_TOLERANCE = 1e-6
+NORM_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1.5e-6
 
@@ -23,7 +25,7 @@ def check_equal(config: Config, actual: list[Outcome], expected: Outcome) -> Non
     """AssertionError unless the ranks' outcome is that of the single process, up to rounding."""
     for rank in actual:
         assert rank.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-        assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=LOSS_TOLERANCE)
+        assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=NORM_TOLERANCE)
         assert rank.eval_loss == pytest.approx(expected.eval_loss, rel=LOSS_TOLERANCE)
         assert rank.loads == expected.loads
         for mine, theirs in zip(rank.aux_losses, expected.aux_losses, strict=True):
