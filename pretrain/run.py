@@ -211,7 +211,12 @@ def _restore(
         _check_resumable(path, state, config, train_data)
         optimizer.load_state_dict(state.optimizer)
     tensors = [shard.sharded() for shard in engine.shards] + optimizer.named_state()
-    read_checkpoint(path, tensors, group=ranks.group)
+    try:
+        read_checkpoint(path, tensors, group=ranks.group)
+    except CheckpointError as error:
+        # The tensors that do not fit follow from a few keys.
+        causes = [change for change in changed if change.startswith(("model.", "optim.", "run.precision"))]
+        raise CheckpointError("; ".join([*causes, str(error)])) from error
     optimizer.load_finished()
     torch.set_rng_state(torch.from_numpy(np.frombuffer(base64.b64decode(state.rng), dtype=np.uint8).copy()))
     return state, changed

@@ -40,22 +40,21 @@ def locked(directory: Path) -> Iterator[None]:
     """
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held for the whole block)
+        # Without a buffer: what a full disk did not take would be tried again, and raise, on closing.
+        lock = open(directory / LOCK_FILE, "a+b", buffering=0)  # noqa: SIM115 (held for the whole block)
     with lock:
         with _writing(directory):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 lock.seek(0)
-                holder = lock.read().strip() or "another process"
+                holder = lock.read().decode() or "another process"
                 raise RunDirectoryError(
                     f"run.directory = {directory}: in use by {holder}; wait for that run to end, stop it, or choose "
                     f"another directory"
                 ) from error
-            lock.seek(0)
-            lock.truncate()
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 

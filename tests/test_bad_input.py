@@ -1,0 +1,382 @@
+"""Bad input gives one clear error, exit code 2, and leaves everything as it was."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain import cli
+from pretrain.config.load import dump_config
+from pretrain.config.schema import Config
+from pretrain.run_directory import locked
+from tests.helpers.commands import CommandProcess, Result, command_process, contents
+from tests.helpers.runs import events, make_corpus, rows, tiny_config
+
+# What a process says on standard error when it begins to train.
+DEVICE_LINE = re.compile(r"[^\n]*\bgloo\b[^\n]*\n")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> Iterator[CommandProcess]:
+    with command_process() as run:
+        yield run
+
+
+def written(config: Config, folder: Path) -> Path:
+    """The configuration as a file."""
+    file = folder / "config.toml"
+    file.write_text(dump_config(config))
+    return file
+
+
+def short_config(corpus: Path, directory: Path, *, steps: int) -> Config:
+    """The tiny configuration with so few steps that its warm-up has to be shorter."""
+    return tiny_config(corpus, directory, budget={"steps": steps}, schedule={"warmup_steps": 1})
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Path:
+    """A configuration of a run that has not begun."""
+    return written(tiny_config(corpus, tmp_path / "run"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, pretrain: CommandProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of two steps; the passing counterpart of what is refused below."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = pretrain("train", written(short_config(corpus, folder / "run", steps=2), folder))
+    assert (result.code, only_error(result)) == (0, "")
+    return folder / "run"
+
+
+@pytest.fixture
+def begun(trained: Path, corpus: Path, tmp_path: Path) -> Path:
+    """The configuration of a run that has done two of its three steps."""
+    shutil.copytree(trained, tmp_path / "run")
+    return written(short_config(corpus, tmp_path / "run", steps=3), tmp_path)
+
+
+def only_error(result: Result) -> str:
+    """All that a command wrote to standard error, the line on its device aside."""
+    return DEVICE_LINE.sub("", result.err, count=1)
+
+
+def refused(result: Result) -> str:
+    """The one message of a command that refused its input."""
+    assert result.code == 2, result
+    message = only_error(result)
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1, message
+    return message.strip()
+
+
+# Configuration: key, value, rule and remedy, all problems at once.
+
+PROBLEMS = [
+    ("model.top_kk=2", "model.top_kk = 2: unknown key; did you mean model.top_k?"),
+    ("model.num_query_groups=3", "model.num_query_groups = 3: must divide model.num_attention_heads = 4; use"),
+    ("parallel.expert=3", "parallel.expert = 3: must divide model.num_experts = 4; use parallel.expert = 2 or"),
+    ("parallel.pipeline=4", "parallel.pipeline = 4: must divide model.num_layers = 2; use parallel.pipeline = 2 or"),
+    ("batch.global_batch_size=7", "batch.global_batch_size = 7: must be a multiple of batch.micro_batch_size * data"),
+    ("parallel.tensor=2", "parallel.tensor * parallel.pipeline * parallel.context = 2: must divide world size = 1"),
+    ("optim.lr=fast", 'optim.lr = "fast": must be a number; write it without quotes'),
+]
+
+
+@pytest.mark.parametrize(("override", "problem"), PROBLEMS)
+def test_a_problem_of_the_configuration(
+    config: Path, capsys: pytest.CaptureFixture[str], override: str, problem: str
+) -> None:
+    before = contents(config.parent)
+    assert cli.main(["train", str(config), "--set", override]) == 2
+    head, *lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: {len(lines)} problems? in {config}:", head)
+    assert sum(line.startswith(f"  {problem}") for line in lines) == 1
+    assert len(lines) == 1 or override.startswith("parallel.")  # these break the rule about the world size, too
+    assert contents(config.parent) == before
+
+
+def test_all_problems_are_told_at_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Rules on a key of which nothing is known but that it is misspelt, or on one of the wrong type, cannot be told.
+    chosen = [pair for pair in PROBLEMS if pair[0].partition("=")[0] not in ("model.top_kk", "parallel.tensor")]
+    before = contents(config.parent)
+    assert cli.main(["train", str(config), *(f"--set={override}" for override, _ in chosen)]) == 2
+    head, *lines = capsys.readouterr().err.splitlines()
+    assert head.startswith(f"error: {len(lines)} problems in ")
+    for _, problem in chosen:
+        if not problem.startswith("batch."):  # with a wrong layout there is no data-parallel size
+            assert sum(line.startswith(f"  {problem}") for line in lines) == 1, problem
+    assert contents(config.parent) == before
+
+
+def test_the_world_size_of_the_launcher_counts(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", str(config), "--set", "parallel.expert=2"]) == 2
+    err = capsys.readouterr().err
+    assert "  parallel.expert * parallel.expert_tensor * parallel.pipeline = 2: must divide world size = 3" in err
+    assert "Traceback" not in err
+
+
+def test_training_without_data(config: Path, pretrain: CommandProcess) -> None:
+    result = pretrain("train", config, "--set", "data.train=[]")
+    assert result.code == 2
+    assert "  data.train = []: training needs a dataset; add [[data.train]] with prefix" in result.err
+    assert not (config.parent / "run").exists()
+
+
+# Data.
+
+
+def truncate(folder: Path, name: str) -> None:
+    path = folder / name
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def put_token(folder: Path, token: int) -> None:
+    """Fill the training tokens with one id."""
+    tokens = np.memmap(folder / "train.bin", np.uint16, "r+")
+    tokens[:] = token
+    tokens.flush()
+
+
+def replace_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("ByteLevel", "ByteLevel ", 1))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no dataset": (shutil.rmtree, r"{data}/train\.idx: no such file; .*; check the path"),
+    "no bin": (lambda data: (data / "train.bin").unlink(), r"{data}/train\.bin: no such file; .*; check the path"),
+    "short bin": (
+        lambda data: truncate(data, "train.bin"),
+        r"{data}/train\.bin: \d+ bytes; the index lists \d+ tokens of 2 bytes, \d+ bytes; .*again",
+    ),
+    "short idx": (
+        lambda data: truncate(data, "valid.idx"),
+        r"{data}/valid\.idx: \d+ bytes; its header announces .*; .*again",
+    ),
+    "no tokenizer": (
+        lambda data: (data / "tokenizer.json").unlink(),
+        r"data\.tokenizer = {data}/tokenizer\.json: no such file; give the tokenizer\.json of the datasets",
+    ),
+    "another tokenizer": (
+        replace_tokenizer,
+        r"{data}/train\.json: tokenizer\.sha256 = \w+\.\.\.; must be that of {data}/tokenizer\.json, .*; set .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("state", ["new", "begun"])
+def test_data_that_cannot_be_used(
+    pretrain: CommandProcess, trained: Path, corpus: Path, tmp_path: Path, damage: str, state: str
+) -> None:
+    if state == "begun":
+        shutil.copytree(trained, tmp_path / "run")
+    data = tmp_path / "data"
+    shutil.copytree(corpus, data)
+    config = written(short_config(data, tmp_path / "run", steps=3), tmp_path)
+    apply, expected = DAMAGES[damage]
+    apply(data)
+    before = contents(tmp_path)
+    message = refused(pretrain("train", config))
+    assert re.fullmatch("error: " + expected.format(data=re.escape(str(data))), message), message
+    assert contents(tmp_path) == before
+
+
+def test_data_as_prepared_is_used(pretrain: CommandProcess, begun: Path) -> None:
+    """The passing counterpart: the same run with the data as they were, which goes on."""
+    result = pretrain("train", begun)
+    assert (result.code, only_error(result)) == (0, "")
+    (restart,) = events(begun.parent / "run", "restart")
+    assert restart["step"] == 2
+
+
+def test_tokens_beyond_the_vocabulary(pretrain: CommandProcess, corpus: Path, tmp_path: Path) -> None:
+    """Only reading finds them; what was done before stays."""
+    shutil.copytree(corpus, tmp_path / "data")
+    put_token(tmp_path / "data", 320)
+    config = written(tiny_config(tmp_path / "data", tmp_path / "run"), tmp_path)
+    message = refused(pretrain("train", config))
+    assert re.search(r"train\.bin: token 320 between .* < model\.vocab_size = 320; run `pretrain data verify`", message)
+    put_token(tmp_path / "data", 319)
+    assert pretrain("train", config).code == 0
+
+
+def test_another_dataset_than_before(pretrain: CommandProcess, begun: Path) -> None:
+    before = contents(begun.parent)
+    message = refused(pretrain("train", begun, "--set", "run.seed=8"))
+    assert re.match(r"error: data\.train: another blend, order or content than that of .*/step_00000002, so", message)
+    assert contents(begun.parent) == before
+
+
+# Checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("override", "cause", "tensor"),
+    [
+        (
+            "model.hidden_size=64",
+            "model.hidden_size: 32 -> 64",
+            "embedding.word_embeddings.weight is [320, 32] in the checkpoint, [320, 64] in the model; ",
+        ),
+        ("model.num_layers=4", "model.num_layers: 2 -> 4", "decoder.layers.2."),
+        (
+            "model.num_experts=8",
+            "model.num_experts: 4 -> 8",
+            ".mlp.router.weight is [4, 32] in the checkpoint, [8, 32]",
+        ),
+        (
+            "model.qk_norm=false",
+            "model.qk_norm: True -> False",
+            "it also holds decoder.layers.0.self_attention.q_layern",
+        ),
+        ("run.precision=bf16", "run.precision: fp32 -> bf16", "in the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_model(
+    pretrain: CommandProcess, begun: Path, override: str, cause: str, tensor: str
+) -> None:
+    before = contents(begun.parent)
+    message = refused(pretrain("train", begun, f"--set={override}"))
+    path = begun.parent / "run" / "checkpoints" / "step_00000002"
+    assert message.startswith(f"error: {cause}; {path}: the checkpoint is of another ")
+    assert tensor in message
+    assert "config.toml" in message
+    assert contents(begun.parent) == before
+
+
+def test_a_checkpoint_of_another_optimizer(pretrain: CommandProcess, begun: Path) -> None:
+    before = contents(begun.parent)
+    message = refused(pretrain("train", begun, "--set=optim.kind=muon"))
+    assert 'optim.kind = "muon": the checkpoint has the state of "adamw"; resume with' in message
+    assert contents(begun.parent) == before
+
+
+def test_a_checkpoint_beyond_the_budget(pretrain: CommandProcess, begun: Path) -> None:
+    before = contents(begun.parent)
+    message = refused(pretrain("train", begun, "--set", "budget.steps=1", "--set", "schedule.warmup_steps=0"))
+    assert re.search(r"budget: 1 steps, but .*/step_00000002 has done 2 already; raise the budget", message)
+    assert contents(begun.parent) == before
+
+
+def test_only_damaged_checkpoints(pretrain: CommandProcess, begun: Path) -> None:
+    checkpoints = begun.parent / "run" / "checkpoints"
+    for shard in checkpoints.glob("*/shard_*"):
+        os.truncate(shard, 100)
+    before = contents(begun.parent)
+    result = pretrain("train", begun)
+    assert result.code == 2
+    *logged, message = only_error(result).splitlines()
+    assert [line.partition(": ")[0] for line in logged] == [f"{checkpoints}/step_00000002 is damaged and passed over"]
+    assert message.startswith(f"error: {checkpoints}: all 1 checkpoints are damaged (step_00000002: shard_")
+    assert message.endswith("restore one, or move the folder away to start from scratch")
+    assert contents(begun.parent) == before
+
+
+# The run directory.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of the tiny model, but not for two. Mounting takes root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mount is not permitted: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_no_space_left(pretrain: CommandProcess, corpus: Path, small_disk: Path, tmp_path: Path) -> None:
+    run = small_disk / "run"
+    config = written(tiny_config(corpus, run), tmp_path)
+    message = refused(pretrain("train", config))
+    assert re.fullmatch(
+        rf"error: {run}/checkpoints/step_00000006\.partial: no space left: need [\d.]+ MiB, have [\d.]+ MiB; free some "
+        r"space, or lower checkpoint\.keep",
+        message,
+    )
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
+    assert pretrain("ckpt", "verify", run).code == 0
+    assert len(rows(run, "train")) == 6
+
+    # The passing counterpart: with room, the run goes on from there.
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    assert pretrain("train", config).code == 0
+    (restart,) = events(run, "restart")
+    assert restart["step"] == 3
+
+
+def test_no_space_for_the_first_file(pretrain: CommandProcess, corpus: Path, small_disk: Path, tmp_path: Path) -> None:
+    run = small_disk / "run"
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(bytes(2 << 20))
+    config = written(tiny_config(corpus, run), tmp_path)
+    message = refused(pretrain("train", config))
+    assert f"run.directory = {run}: cannot be written (No space left on device); free some space there" in message
+
+
+def test_a_run_directory_in_use(pretrain: CommandProcess, begun: Path) -> None:
+    run = begun.parent / "run"
+    with locked(run):
+        before = contents(begun.parent)
+        message = refused(pretrain("train", begun))
+        assert message == (
+            f"error: run.directory = {run}: in use by process {os.getpid()} on {socket.gethostname()}; wait for that "
+            "run to end, stop it, or choose another directory"
+        )
+        assert contents(begun.parent) == before
+    assert pretrain("train", begun).code == 0
+
+
+def test_a_run_directory_that_cannot_be_made(pretrain: CommandProcess, config: Path) -> None:
+    message = refused(pretrain("train", config, "--set", f"run.directory={config}/run"))
+    assert message.startswith(f"error: run.directory = {config}/run: cannot be written (Not a directory); ")
+
+
+# The launcher.
+
+
+def test_a_taken_port(pretrain: CommandProcess, begun: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        launcher = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        before = contents(begun.parent)
+        message = refused(pretrain("train", begun, **launcher))
+        assert message.startswith(f"error: MASTER_PORT={port} is taken on 127.0.0.1: another run or program listens ")
+        assert message.endswith(
+            "; set MASTER_PORT to a free port on every process, or start with torchrun --standalone"
+        )
+        assert contents(begun.parent) == before
+    assert pretrain("train", begun, **launcher).code == 0
+
+
+def test_a_launcher_that_says_too_little(config: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.main(["train", str(config)]) == 2
+    assert capsys.readouterr().err.startswith("error: RANK=0 is set but WORLD_SIZE is not: start with torchrun")
