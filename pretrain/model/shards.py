@@ -85,8 +85,9 @@ def collect_shards(chunks: Sequence[GPTModel], model: ModelConfig, groups: Proce
         for item in chunk.sharded_state_dict(metadata=metadata).values():
             if isinstance(item, ShardedObject):
                 continue  # An empty `_extra_state` of megatron-core's linears.
-            tensor = by_pointer[item.data.data_ptr()]
-            shards.append(_locate(logical[_logical_key(item.key)], item, tensor, sizes))
+            key, tensor = _logical_key(item.key), by_pointer[item.data.data_ptr()]
+            assert key in logical, f"parameters without a logical tensor: {key}"
+            shards.append(_locate(logical[key], item, tensor, sizes))
         covered = {id(shard.tensor) for shard in shards}
         missing = [name for name, parameter in chunk.named_parameters() if id(parameter) not in covered]
         assert not missing, f"parameters without a logical tensor: {missing}"
