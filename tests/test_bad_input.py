@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from pretrain import cli
 from pretrain.config.load import dump_config
 from pretrain.config.schema import Config
 from pretrain.run_directory import locked
-from tests.helpers.commands import CommandProcess, Result, command_process, contents
+from tests.helpers.commands import CommandProcess, Result, command_process, contents, torchrun
 from tests.helpers.runs import events, make_corpus, rows, tiny_config
+
+ROOT = Path(__file__).parents[1]
 
 # What a process says on standard error when it begins to train.
 DEVICE_LINE = re.compile(r"[^\n]*\bgloo\b[^\n]*\n")
@@ -380,3 +383,63 @@ def test_a_launcher_that_says_too_little(config: Path, capsys: pytest.CaptureFix
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert cli.main(["train", str(config)]) == 2
     assert capsys.readouterr().err.startswith("error: RANK=0 is set but WORLD_SIZE is not: start with torchrun")
+
+
+# Several ranks, under torchrun, which adds its own words to what they say.
+
+
+def errors(result: Result) -> list[str]:
+    """The messages of all ranks."""
+    assert "pretrain/cli.py" not in result.err, f"a traceback of ours in {result.err}"
+    return [line for line in result.err.splitlines() if line.startswith("error")]
+
+
+@pytest.fixture
+def two_homes(corpus: Path, tmp_path: Path) -> Path:
+    """Working directories rank0 and rank1, in each of which the same relative paths name a dataset."""
+    for rank in range(2):
+        shutil.copytree(corpus, tmp_path / f"rank{rank}" / "data")
+    parallel = {"expert": 2}
+    written(tiny_config(Path("data"), tmp_path / "run", budget={"steps": 3}, parallel=parallel), tmp_path)
+    return tmp_path
+
+
+def train_in_homes(homes: Path, *overrides: str) -> Result:
+    train = f'cd rank$RANK && exec {sys.executable} -m pretrain train {homes}/config.toml "$@"'
+    return torchrun("--no-python", "bash", "-c", train, "train", *overrides, cwd=homes, PYTHONPATH=str(ROOT))
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_told_once(two_homes: Path) -> None:
+    before = contents(two_homes)
+    result = train_in_homes(two_homes, "--set=model.top_k=5")
+    assert result.code != 0
+    assert errors(result) == [f"error: 1 problem in {two_homes}/config.toml:"]
+    assert result.err.count("model.top_k = 5: must be from 1 to model.num_experts = 4") == 1
+    assert contents(two_homes) == before
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_all(two_homes: Path) -> None:
+    # Found when the data are opened: all ranks are told.
+    (two_homes / "rank1" / "data" / "train.idx").rename(two_homes / "train.idx")
+    before = contents(two_homes)
+    result = train_in_homes(two_homes)
+    assert result.code != 0
+    (message,) = errors(result)
+    assert re.fullmatch(r"error: rank 1: data/train\.idx: no such file; .*; check the path", message)
+    assert contents(two_homes) == before
+
+    # Found in the middle of training: the rank speaks, and the others, which cannot know, let it.
+    (two_homes / "train.idx").rename(two_homes / "rank1" / "data" / "train.idx")
+    put_token(two_homes / "rank1" / "data", 320)
+    result = train_in_homes(two_homes)
+    assert result.code != 0
+    (message,) = errors(result)
+    assert re.match(r"error on rank 1: data/train\.bin: token 320 between positions \d+ and \d+; ids are", message)
+
+    # The passing counterpart.
+    put_token(two_homes / "rank1" / "data", 319)
+    result = train_in_homes(two_homes)
+    assert (result.code, errors(result)) == (0, [])
+    assert [row["step"] for row in rows(two_homes / "run", "train")] == [1, 2, 3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,3 +84,21 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.name != "run.lock"
     }
+
+
+def torchrun(
+    *arguments: str | Path, ranks: int = 2, max_restarts: int = 0, cwd: Path | None = None, **environment: str
+) -> Result:
+    """`torchrun ... *arguments` on this machine, with some environment variables; the exit code is torchrun's."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", *map(str, arguments)]
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
