@@ -76,6 +76,7 @@ def _curves(ax: Axes, histories: Sequence[tuple[History, str]], key: str) -> Non
     else:
         ax.set_ylim(bottom=0)
     if key == "moe.dead_experts_total":
+        ax.set_ylim(top=max(1.0, ax.get_ylim()[1]))  # a scale of whole experts when none is dead, too
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     label_x(ax, STEP)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from pretrain.config.schema import BatchConfig, Config
 from pretrain.model.build import build_chunks
@@ -71,7 +73,7 @@ class Engine:
             loaded = list(microbatches)
             data = [iter(loaded) for _ in self.wrapped]
         outputs = get_forward_backward_func()(
-            forward_step_func=_forward_step,
+            forward_step_func=partial(_forward_step, context=self.mesh.groups.cp),
             data_iterator=data,
             model=self.wrapped,
             num_microbatches=count,
@@ -131,16 +133,23 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
 
 
 def _forward_step(
-    microbatches: Iterator[Batch], chunk: torch.nn.Module
+    microbatches: Iterator[Batch], chunk: torch.nn.Module, *, context: dist.ProcessGroup
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
-    """megatron-core's forward step: losses [B, S] of a micro-batch and the function that averages them."""
-    batch = next(microbatches)
-    tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    losses = chunk(tokens, positions, None, labels=batch["labels"])
-    return losses, _mean_of
+    """megatron-core's forward step: losses [B, S] of a micro-batch and the function that averages them.
+
+    Ranks of the context-parallel group each take their part of every sequence.
+    """
+    batch = dict(next(microbatches))
+    batch["positions"] = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(
+        batch["tokens"]
+    )
+    batch = get_batch_on_this_cp_rank(batch, cp_group=context)
+    losses = chunk(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    return losses, partial(_mean_of, context_size=context.size())
 
 
-def _mean_of(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _mean_of(losses: torch.Tensor, *, context_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss to differentiate, and the one to report. megatron-core's schedule multiplies the former by the context
+    size, for losses that are this rank's share of a sum over the group; ours is a mean of its own."""
     loss = losses.float().mean()
-    return loss, {"loss": loss.detach().clone()}
+    return loss / context_size, {"loss": loss.detach().clone()}
