@@ -202,7 +202,7 @@ def _activation_bytes(config: Config, layout: Layout, rank: int) -> int:
 
     After Korthikanti et al. 2022 (arXiv 2205.05198, sections 4 and 5), with sequence parallelism, a fused attention
     that keeps no scores, no dropout, and grouped queries, SwiGLU and routed experts in place of their layer. Values
-    are those autograd keeps in the native backend with a fused RMSNorm; torch's RMSNorm on CPUs keeps more.
+    are those autograd keeps in the native backend on a GPU; RMSNorm and short attention on CPUs keep more.
     """
     model, recompute = config.model, config.parallel.recompute
     width = BYTES_PER_VALUE[config.run.precision]

@@ -1,6 +1,6 @@
 """Our layer implementations for megatron-core, running wherever torch runs: the `native` backend.
 
-They plug into megatron-core through its BackendSpecProvider: SDPA attention, an RMSNorm that knows about sequence
+They plug into megatron-core through its BackendSpecProvider: our attention, an RMSNorm that knows about sequence
 parallelism, experts with stacked weights. Everything else (parallel linears, dispatcher, layers) is
 megatron-core's own.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,6 +19,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pretrain.model.attention import causal_attention
 from pretrain.model.experts import grouped_swiglu
 
 
@@ -32,7 +32,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CausalAttention(MegatronModule):
-    """Causal grouped-query attention by torch's scaled_dot_product_attention."""
+    """Causal grouped-query attention; see `causal_attention`."""
 
     def __init__(
         self,
@@ -62,11 +62,7 @@ class CausalAttention(MegatronModule):
         assert attention_mask is None
         assert attention_bias is None
         assert packed_seq_params is None
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return causal_attention(query, key, value, scale=self.softmax_scale)
 
 
 class StackedWeight(torch.nn.Module):
