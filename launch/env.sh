@@ -30,3 +30,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # Seconds torchrun waits, after it passed a signal on, before it kills its workers. They are saving a checkpoint;
 # the default of 30 is too short for a large one.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
+# torchrun makes a new store for every start of its workers. By default it keeps the first, in which workers that were
+# started again read the addresses of the dead ones and hang (pytorch/pytorch#135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"

@@ -193,7 +193,12 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
         return dist.HashStore()  # in this process: no port that could be taken
     if launch.launcher == "torchrun":
         # Its agent already keeps a store, and has seen every process start.
-        return next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        store = next(iter(dist.rendezvous("env://", timeout=timeout)))[0]
+        if launch.local_world_size < launch.world_size:
+            return store  # agents count restarts each for themselves; launch/env.sh has them make a new store
+        # Since torch 2.5 the store outlives restarts (pytorch/pytorch#135712): without a name of their own, processes
+        # would find the addresses of those before them, and wait for ever.
+        return dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     where = f"{launch.host}:{launch.port}"
     try:
         return dist.TCPStore(launch.host, launch.port, launch.world_size, is_master=launch.rank == 0, timeout=timeout)
