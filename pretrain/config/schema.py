@@ -45,7 +45,8 @@ class RouterConfig(Section):
     sequence_aux_loss: NonNegativeFloat = 0.0
     """Coefficient of the load-balancing loss over each sequence."""
     global_aux_loss: NonNegativeFloat = 0.0
-    """Coefficient of the load-balancing loss over the whole global batch."""
+    """Coefficient of the load-balancing loss over the global batch, as far as it has been seen: each micro-batch meets
+    the mean load of those before it and of those beside it on other data-parallel ranks."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of the router z-loss (ST-MoE, equation 5)."""
     bias_update_rate: NonNegativeFloat = 0.0

@@ -28,9 +28,8 @@ class CountingRouter(TopKRouter):
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of each expert; routing_map [T, E] (bool) is the final choice.
 
-        Stands in for megatron-core's method, which counts for the selection bias only and is compiled, so that it
-        would need a C++ compiler on a CPU. Counts neither in validation nor twice under recomputation, whose first
-        pass runs without gradients.
+        Stands in for megatron-core's method, which counts for the selection bias only. Counts neither in validation nor
+        twice under recomputation, whose first pass runs without gradients.
         """
         assert padding_mask is None
         if self.training and torch.is_grad_enabled():

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,12 @@ from pretrain.optim import ShardedOptimizer
 from pretrain.parallel.engine import Batch, Engine, build_engine
 from pretrain.parallel.mesh import Mesh, mesh_of
 from pretrain.parallel.replicas import differing_replicas
-from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats
+from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias
 from pretrain.platform import cpu_adapter
 
 CPU = torch.device("cpu")
 
+Case = TypeVar("Case")
 # What is done to an engine between its gradients and the optimizer step, to break it.
 Tamper = Callable[[Engine], None]
 
@@ -44,6 +46,8 @@ class Outcome:
     loads: list[list[list[int]]] = field(default_factory=list)
     """Tokens per step, MoE layer and expert."""
     aux_losses: list[dict[str, float]] = field(default_factory=list)
+    biases: list[list[list[float]] | None] = field(default_factory=list)
+    """Selection bias after each step, per MoE layer and expert."""
     eval_loss: float = 0.0
     gradients: list[Box] = field(default_factory=list)
     """Of the first step."""
@@ -109,6 +113,8 @@ def train(config: Config, steps: int, tamper: Tamper | None = None) -> Outcome:
             if config.model.is_moe:
                 outcome.loads.append(expert_load(engine, config.model).tolist())
                 outcome.aux_losses.append(aux_losses(engine, config.model))
+                bias = selection_bias(engine, config.model)
+                outcome.biases.append(None if bias is None else bias.tolist())
             outcome.grad_norms.append(optimizer.step(1.0).grad_norm)
         outcome.weights = boxes(engine.shards, lambda shard: shard.tensor)
         outcome.differing = differing_replicas(engine.shards)
@@ -123,9 +129,15 @@ def double_expert_gradients(engine: Engine) -> None:
             shard.tensor.main_grad.mul_(2)
 
 
-def train_all(cases: Mapping[str, Config], steps: int) -> dict[str, Outcome]:
+def train_alone(config: Config, steps: int) -> Outcome:
+    """`train` in the test process."""
+    with single_process():
+        return train(config, steps)
+
+
+def train_all(cases: Mapping[Case, Config], steps: int) -> dict[Case, Outcome]:
     """`train` for one configuration after another, in the same processes."""
-    return {name: train(config, steps) for name, config in cases.items()}
+    return {case: train(config, steps) for case, config in cases.items()}
 
 
 def assemble(model: ModelConfig, ranks: Sequence[Sequence[Box]]) -> dict[str, torch.Tensor]:

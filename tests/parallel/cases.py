@@ -9,7 +9,7 @@ from pretrain.config.rules import check
 from pretrain.config.schema import Config
 from tests.helpers.configs import DENSE, MOE, make_config
 from tests.helpers.distributed import run_ranks
-from tests.helpers.layouts import Outcome, train_all
+from tests.helpers.layouts import Outcome, train_all, train_alone
 
 STEPS = 3
 
@@ -33,7 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
             "aux_loss": 1e-1,
             "scaling_factor": 2.5,
         },
-        "model.first_dense_layers": 1,
+        # A whole pipeline stage without experts.
+        "model.first_dense_layers": 2,
         "model.ffn_size": 48,
         "model.shared_expert_ffn_size": 24,
         "model.qk_norm": True,
@@ -111,10 +112,15 @@ def configuration(layout: str, kind: str, **changes: Any) -> Config:
 
 
 @functools.cache
+def alone(kind: str) -> Outcome:
+    """The outcome of one process, the yardstick."""
+    return train_alone(configuration("single", kind), STEPS)
+
+
+@functools.cache
 def outcomes(world_size: int) -> dict[tuple[str, str], list[Outcome]]:
-    """Every rank's outcome of each pair that runs on so many processes."""
-    pairs = [("single", kind) for kind in KINDS] if world_size == 1 else PAIRS
-    cases = {pair: configuration(*pair) for pair in pairs if LAYOUTS[pair[0]][0] == world_size}
+    """Every rank's outcome of each pair that runs on so many processes. The same ones train pair after pair."""
+    cases = {pair: configuration(*pair) for pair in PAIRS if LAYOUTS[pair[0]][0] == world_size}
     ranks = run_ranks(train_all, world_size, cases, STEPS)
     return {pair: [rank[pair] for rank in ranks] for pair in cases}
 

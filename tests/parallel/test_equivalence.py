@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from pretrain.config.schema import Config
 from pretrain.parallel.replicas import differing_replicas
 from tests.helpers.distributed import run_ranks
-from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, engine_of, train
-from tests.parallel.cases import LAYOUTS, PAIRS, STEPS, configuration, outcome
+from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, engine_of, train, train_alone
+from tests.parallel.cases import LAYOUTS, PAIRS, STEPS, alone, configuration, outcome
 
 # Layouts add the same fp32 numbers up in other orders, each addition off by up to 6e-8 of its result. Measured over
 # the table, and allowed several times over: losses differ by 2e-7 of their value, gradients of the first step by
@@ -27,7 +30,9 @@ def check_equal(config: Config, actual: list[Outcome], expected: Outcome) -> Non
         assert rank.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
         assert rank.grad_norms == pytest.approx(expected.grad_norms, rel=NORM_TOLERANCE)
         assert rank.eval_loss == pytest.approx(expected.eval_loss, rel=LOSS_TOLERANCE)
+        # Counts, and the bias that follows their signs: the same experts for every token.
         assert rank.loads == expected.loads
+        assert rank.biases == expected.biases
         for mine, theirs in zip(rank.aux_losses, expected.aux_losses, strict=True):
             assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
     expected_gradients = assemble(config.model, [expected.gradients])
@@ -46,7 +51,7 @@ def check_equal(config: Config, actual: list[Outcome], expected: Outcome) -> Non
 
 @pytest.mark.parametrize(("layout", "kind"), PAIRS)
 def test_layout_trains_as_one_process(layout: str, kind: str) -> None:
-    check_equal(configuration(layout, kind), outcome(layout, kind), outcome("single", kind)[0])
+    check_equal(configuration(layout, kind), outcome(layout, kind), alone(kind))
 
 
 @pytest.mark.parametrize(("layout", "kind"), PAIRS)
@@ -63,34 +68,53 @@ def test_copies_of_a_weight_stay_bit_equal(layout: str, kind: str) -> None:
 
 def test_three_steps_move_every_weight_far_beyond_the_tolerance() -> None:
     config = configuration("single", "sigmoid")
-    start = assemble(config.model, [run_ranks(train, 1, config, 0)[0].weights])
-    end = assemble(config.model, [outcome("single", "sigmoid")[0].weights])
+    start = assemble(config.model, [train_alone(config, 0).weights])
+    end = assemble(config.model, [alone("sigmoid").weights])
     moved = {key: float((end[key] - start[key]).abs().max()) for key in start}
     assert min(moved.values()) > 100 * WEIGHT_TOLERANCE, min(moved, key=lambda key: moved[key])
 
 
-def test_wrongly_scaled_expert_gradients_are_noticed() -> None:
-    config = configuration("EP2", "sigmoid")
-    broken = run_ranks(train, 2, config, STEPS, double_expert_gradients)
-    with pytest.raises(AssertionError):
-        check_equal(config, broken, outcome("single", "sigmoid")[0])
-    expected = assemble(config.model, [outcome("single", "sigmoid")[0].gradients])
-    gradients = assemble(config.model, [rank.gradients for rank in broken])
-    key = "decoder.layers.2.mlp.experts.linear_fc1.weight"
-    torch.testing.assert_close(gradients[key], 2 * expected[key], rtol=1e-4, atol=1e-6)
+# ----- what the checks above are worth
 
 
-def flip_a_bit_of_a_copy(config: Config) -> tuple[list[str], list[str]]:
-    """`differing_replicas` before and after one entry on the last rank becomes the next larger number."""
-    with engine_of(config) as engine:
+@dataclass(frozen=True)
+class Broken:
+    """What one of two ranks saw of runs that are broken on purpose."""
+
+    wrongly_scaled: Outcome
+    """Experts' gradients doubled, as if they were averaged over half the ranks."""
+    differing_before: list[str]
+    differing_after: list[str]
+    """`differing_replicas` once a router's entry on the last rank has become the next larger number."""
+
+
+def break_things() -> Broken:
+    scaled = train(configuration("EP2", "sigmoid"), STEPS, double_expert_gradients)
+    with engine_of(configuration("DP2", "softmax")) as engine:
         before = differing_replicas(engine.shards)
         shard = next(shard for shard in engine.shards if shard.logical.kind == "router")
         if engine.mesh.rank == engine.mesh.world_size - 1:
             entry = shard.tensor.detach().view(-1)[:1]
             entry.copy_(torch.nextafter(entry, torch.tensor(1.0)))
-        return before, differing_replicas(engine.shards)
+        return Broken(scaled, before, differing_replicas(engine.shards))
+
+
+@functools.cache
+def broken() -> list[Broken]:
+    return run_ranks(break_things, 2)
+
+
+def test_wrongly_scaled_expert_gradients_are_noticed() -> None:
+    config, ranks = configuration("EP2", "sigmoid"), [rank.wrongly_scaled for rank in broken()]
+    with pytest.raises(AssertionError):
+        check_equal(config, ranks, alone("sigmoid"))
+    key = "decoder.layers.2.mlp.experts.linear_fc1.weight"
+    expected = assemble(config.model, [alone("sigmoid").gradients])[key]
+    actual = assemble(config.model, [rank.gradients for rank in ranks])[key]
+    torch.testing.assert_close(actual, 2 * expected, rtol=1e-4, atol=1e-6)
 
 
 def test_one_bit_of_one_copy_is_noticed() -> None:
-    ranks = run_ranks(flip_a_bit_of_a_copy, 2, configuration("DP2", "softmax"))
-    assert ranks == [([], ["decoder.layers.0.mlp.router.weight"])] * 2
+    for rank in broken():
+        assert rank.differing_before == []
+        assert rank.differing_after == ["decoder.layers.0.mlp.router.weight"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.distributed import run_ranks
-from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, train, train_all
+from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, single_process, train, train_all
 from tests.parallel.cases import configuration
 
 STEPS = 6
@@ -35,7 +35,11 @@ def outcomes(world_size: int) -> dict[str, list[Outcome]]:
             cases |= {f"{layout} {kind}": configuration(layout, kind, **BF16) for layout in LAYOUTS}
             cases |= {f"{layout} {kind} again": configuration(layout, kind, **BF16) for layout in LAYOUTS}
     cases["fp32 again"] = cases["fp32"] = configuration("single" if world_size == 1 else "EP2", "sigmoid")
-    ranks = run_ranks(train_all, world_size, cases, STEPS)
+    if world_size == 1:
+        with single_process():
+            ranks = [train_all(cases, STEPS)]
+    else:
+        ranks = run_ranks(train_all, world_size, cases, STEPS)
     return {name: [rank[name] for rank in ranks] for name in cases}
 
 
@@ -65,7 +69,7 @@ def test_bf16_weights_have_fp32_gradients_and_selection_biases() -> None:
     assert {box.values.dtype for box in rank.gradients} == {torch.float32}
     dtypes = {box.key: box.values.dtype for box in rank.weights}
     assert {key for key, dtype in dtypes.items() if dtype != torch.bfloat16} == {
-        f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2, 3)
+        f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (2, 3)
     }
 
 
