@@ -5,6 +5,7 @@ Every step is a command a user could give; the demo gives them one after another
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -54,7 +55,7 @@ def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
     )
     code = _train(config_file, overrides, processes=processes)
     if code == REQUEUE:
-        print(f"saved. To go on: {_command(config_file, overrides)}")
+        print(f"stopped; to go on: {_command(config_file, overrides)}")
     if code != DONE:
         return code
     print("4/4 report", flush=True)
@@ -125,14 +126,14 @@ def _train(config_file: Path, overrides: Sequence[str], *, processes: int) -> in
     This is torchrun, called rather than started: it would turn every exit code into 1, and add a traceback of its own.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(thread_count(processes)))
-    # torchrun's own log, which only repeats which process ended. Read when its modules are imported.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
     from torch.distributed import run as torchrun  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
 
     command = ["--standalone", f"--nproc-per-node={processes}", "-m", "pretrain", "train", str(config_file)]
     command += [f"--set={override}" for override in overrides]
+    # torchrun's own log only repeats which process ended.
+    logging.disable(logging.ERROR)
     try:
         torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
@@ -144,6 +145,8 @@ def _train(config_file: Path, overrides: Sequence[str], *, processes: int) -> in
     except SignalException:
         # torchrun has passed the signal on and waited; the processes have saved.
         return REQUEUE
+    finally:
+        logging.disable(logging.NOTSET)
     return DONE
 
 
@@ -155,6 +158,6 @@ def _twice_as_long(config: Config, overrides: Sequence[str]) -> list[str]:
 
 
 def _command(config_file: Path, overrides: Sequence[str]) -> str:
-    """The demo as a user types it here: with the path of the command where the shell would not find it."""
-    program = "pretrain" if shutil.which("pretrain") else os.path.relpath(sys.argv[0])
-    return shlex.join([program, "demo", str(config_file), *(f"--set={override}" for override in overrides)])
+    """The demo as a user types it here: with this Python where the shell would not find the command."""
+    program = ["pretrain"] if shutil.which("pretrain") else [os.path.relpath(sys.executable), "-m", "pretrain"]
+    return shlex.join([*program, "demo", str(config_file), *(f"--set={override}" for override in overrides)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +43,9 @@ def test_a_killed_rank_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     whole, killed = (tiny_config(corpus, tmp_path / name, parallel={"expert": 2}) for name in ("whole", "killed"))
     result = torchrun("-m", "pretrain", "train", written(whole, tmp_path), cwd=ROOT)
     assert result.code == 0, result.err
-    command = ("-m", "tests.helpers.killing_train", "train", written(killed, tmp_path))
     marks = tmp_path / "marks"
     marks.mkdir()
+    command = ("-m", "tests.helpers.killing_train", "train", written(killed, tmp_path))
     result = torchrun(*command, max_restarts=2, cwd=ROOT, KILL_MARKS=str(marks))
     assert result.code == 0, result.err
     assert {mark.name for mark in marks.iterdir()} == {"step", "save"}
@@ -61,14 +60,6 @@ def test_a_killed_rank_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     assert final == tensor_bytes(whole.run.directory / "checkpoints" / "step_00000006")
     # Negative control: the comparison tells steps apart.
     assert final != tensor_bytes(run / "checkpoints" / "step_00000003")
-
-    # Without restarts the first death is the end of the run, which the last checkpoint outlives.
-    shutil.rmtree(marks)
-    marks.mkdir()
-    shutil.rmtree(run)
-    result = torchrun(*command, cwd=ROOT, KILL_MARKS=str(marks))
-    assert result.code != 0
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 @pytest.mark.slow
