@@ -175,6 +175,12 @@ def _demo(options: argparse.Namespace) -> int:
     return demo(options.config, options.set)
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from pretrain.bench.command import bench  # noqa: PLC0415
+
+    return bench(rounds=options.rounds, quick=options.quick, json_file=options.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain",
@@ -187,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_commands(commands)
     _add_data_commands(commands)
     _add_result_commands(commands)
+    _add_bench_command(commands)
     return parser
 
 
@@ -299,6 +306,19 @@ def _add_result_commands(commands: argparse._SubParsersAction) -> None:
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     report.add_argument("--out", type=Path, help="folder (default: report/ in the run, or beside several runs)")
+
+
+def _add_bench_command(commands: argparse._SubParsersAction) -> None:
+    bench = _command(
+        commands,
+        "bench",
+        _bench,
+        "Measure training speed here: our step beside megatron-core's and transformers', then the demo's (minutes).",
+        "pretrain bench --json bench.json",
+    )
+    bench.add_argument("--rounds", type=_positive, default=9, help="timed steps of each variant (default: %(default)s)")
+    bench.add_argument("--quick", action="store_true", help="the smaller model only, and no demo")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
 
 
 def _positive(text: str) -> int:

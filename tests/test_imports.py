@@ -24,7 +24,7 @@ LEVELS = [
     {"checkpoint", "growth", "metrics"},
     {"run"},
     {"train", "plan", "demo"},
-    {"tuning", "decentral"},
+    {"tuning", "decentral", "bench"},
     {"cli"},
     {"__main__"},
 ]

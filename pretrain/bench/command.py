@@ -1,0 +1,124 @@
+"""`pretrain bench`: measure every workload in every precision, then the demonstration's speed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from pretrain.bench import report, variants
+from pretrain.bench.demo import CONFIG_FILE, DemoSpeed, demo_speed
+from pretrain.bench.measure import Result, Timings, take_turns
+from pretrain.bench.stand_ins import optimizer_on_cpu
+from pretrain.bench.workloads import Precision, Workload, run_config, workloads_for, write_tokens
+from pretrain.config.schema import Config, ParallelConfig
+from pretrain.data.batches import BatchIterator
+from pretrain.errors import UserError
+from pretrain.parallel.engine import Batch
+from pretrain.parallel.mesh import Mesh, mesh_of
+from pretrain.platform import distributed
+from pretrain.run import open_data
+
+WARMUP = 3
+# Losses of the first step, from the same weights, may differ by rounding: in fp32 that of sums over a vocabulary; in
+# bf16 that of activations, 2^-9 each.
+LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
+
+
+def bench(*, rounds: int, quick: bool, json_file: Path | None = None) -> int:
+    """Measure, print the table, write the JSON; returns the exit code."""
+    if distributed.world_size() > 1:
+        raise UserError(f"{distributed.world_size()} processes: bench measures one; start it without a launcher")
+    with distributed.joined() as device, mesh_of(ParallelConfig(), device) as mesh:
+        if device.type == "cpu":
+            # Its CPU time is then the work done, whoever else is on the machine.
+            torch.set_num_threads(1)
+        machine = report.machine(device)
+        print(report.describe(machine), flush=True)
+        chosen = workloads_for(device)[: 1 if quick else None]
+        results = []
+        for workload in chosen:
+            for precision in get_args(Precision):
+                print(f"measuring {workload.name} {precision} ...", file=sys.stderr, flush=True)
+                results.append(measured(workload, precision, mesh, rounds=rounds))
+                print(f"\n{report.result_table(results[-1], device)}", flush=True)
+        print(f"\n{report.verdict(results, device)}", flush=True)
+    demo = demo_speed() if not quick and CONFIG_FILE.exists() else None
+    if demo:
+        print(f"\n{report.demo_line(demo)}")
+    if json_file:
+        json_file.write_text(json.dumps(_as_json(machine, results, demo), indent=2) + "\n")
+    return 0
+
+
+def measured(workload: Workload, precision: Precision, mesh: Mesh, *, rounds: int) -> Result:
+    """Time all variants on a workload, after checking that they compute the same losses."""
+    count = WARMUP + rounds
+    with tempfile.TemporaryDirectory() as folder, optimizer_on_cpu(), contextlib.ExitStack() as stack:
+        config = run_config(workload, precision, Path(folder))
+        tokens = count * workload.tokens_per_step
+        write_tokens(Path(folder) / "tokens", vocab_size=workload.model.vocab_size, tokens=tokens)
+        # What a run prints would come between the lines of the table.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        steps = {variants.OURS: stack.enter_context(variants.ours(config, mesh)), **_peers(config, mesh, count)}
+        losses = {name: [step() for _ in range(WARMUP)] for name, step in steps.items()}
+        check_equal_work(losses, precision)
+        seconds = take_turns(steps, rounds=rounds, device=mesh.device)
+    return Result(workload, precision, {name: Timings(losses[name], seconds[name]) for name in steps})
+
+
+def _peers(config: Config, mesh: Mesh, steps: int) -> dict[str, variants.Step]:
+    weights = variants.initial_weights(config, mesh)
+    peers = {
+        variants.BARE: variants.bare_megatron(config, mesh, _batches(config, mesh, steps)),
+        variants.STOCK: variants.stock_megatron(config, mesh, _batches(config, mesh, steps), weights),
+    }
+    if importlib.util.find_spec("transformers"):
+        from pretrain.bench.huggingface import qwen3_moe  # noqa: PLC0415 (it is not among what a run needs)
+
+        peers[variants.TRANSFORMERS] = qwen3_moe(config, mesh, _batches(config, mesh, steps), weights)
+    return peers
+
+
+def _batches(config: Config, mesh: Mesh, steps: int) -> Iterator[Batch]:
+    """The batches our run reads, on the device before the clock starts."""
+    data, _ = open_data(config)
+    read = islice(BatchIterator(data, config.batch), steps)
+    return iter([{name: tensor.to(mesh.device) for name, tensor in batch.items()} for batch in read])
+
+
+def check_equal_work(losses: Mapping[str, Sequence[float]], precision: Precision) -> None:
+    """Raise RuntimeError unless all first losses agree: what is timed would not be the same computation."""
+    limit = LARGEST_DIFFERENCE[precision]
+    ours = losses[variants.OURS][0]
+    for name, (first, *_) in losses.items():
+        if not abs(first - ours) <= limit:  # A nan fails, too.
+            raise RuntimeError(f"{name} starts at loss {first}, {variants.OURS} at {ours}: they differ by > {limit}")
+
+
+def _as_json(machine: dict[str, str], results: Sequence[Result], demo: DemoSpeed | None) -> dict[str, object]:
+    """Everything measured, for programs: every loss and the seconds of every round."""
+    return {
+        "machine": machine,
+        "results": [
+            {
+                "workload": result.workload.name,
+                "shape": result.workload.describe(),
+                "tokens_per_step": result.workload.tokens_per_step,
+                "precision": result.precision,
+                "timings": {name: asdict(timing) for name, timing in result.timings.items()},
+            }
+            for result in results
+        ],
+        "demo": asdict(demo) if demo else None,
+    }
