@@ -63,8 +63,8 @@ def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
     rows = read_jsonl(directory / METRICS_FILE)
     best = min(row["valid_bits_per_byte"] for row in rows if row["kind"] == "valid")
     print(
-        f"\nlearned: {best:.3f} bits per byte on held-out modules; a bigram model reaches "
-        f"{baselines.bigram_bits_per_byte:.3f}, a unigram model {baselines.unigram_bits_per_byte:.3f}\n"
+        f"\nlearned: {best:.3f} bits per byte on held-out modules (bigram model {baselines.bigram_bits_per_byte:.3f}, "
+        f"unigram model {baselines.unigram_bits_per_byte:.3f})\n"
         f"see:     {folder / 'loss.png'} (checkpoints: {directory / CHECKPOINTS})\n"
         f"next:    {_command(config_file, _twice_as_long(config, overrides))}  (goes on from here)"
     )

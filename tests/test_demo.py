@@ -85,8 +85,8 @@ def test_the_demo_stopped_finished_and_given_again(config: Path, tmp_path: Path)
     learned, see, following = lines[-3:]
     (baseline,) = events(run, "baselines")
     assert re.fullmatch(
-        r"learned: \d\.\d{3} bits per byte on held-out modules; a bigram model reaches "
-        rf"{baseline['bigram_bits_per_byte']:.3f}, a unigram model {baseline['unigram_bits_per_byte']:.3f}",
+        rf"learned: \d\.\d{{3}} bits per byte on held-out modules \(bigram model {baseline['bigram_bits_per_byte']:.3f}, "
+        rf"unigram model {baseline['unigram_bits_per_byte']:.3f}\)",
         learned,
     )
     assert see == f"see:     {run}/report/loss.png (checkpoints: {run}/checkpoints)"

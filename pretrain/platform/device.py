@@ -40,7 +40,7 @@ class Device:
         """Every choice in one line, for the log."""
         name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         return (
-            f"{self.device}{name}, {self.backend}, {self.threads} CPU thread{'s' if self.threads > 1 else ''}; "
+            f"{self.device}{name} with {self.backend}, {self.threads} CPU thread{'s' if self.threads > 1 else ''}; "
             f"fp32 products: {self.fp32_matmul}; allocator: {self.allocator}"
         )
 

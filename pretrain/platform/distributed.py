@@ -61,7 +61,8 @@ def joined() -> Iterator[torch.device]:
     device = setup(launch.local_rank, local_world_size=launch.local_world_size)
     init_process_group(device, launch)
     if launch.rank == 0:
-        logger.info("%s, %d processes started by: %s", device.describe(), launch.world_size, launch.launcher)
+        count = "1 process" if launch.world_size == 1 else f"{launch.world_size} processes, each"
+        logger.info("%s on %s; launcher: %s", count, device.describe(), launch.launcher)
     clean = False
     try:
         yield device.device

@@ -137,4 +137,4 @@ def test_the_gpu_of_the_local_rank_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_describe_says_every_choice() -> None:
     choices = device.Device(torch.device("cpu"), "gloo", 3, fp32_matmul="by hand", allocator="none at all")
-    assert choices.describe() == "cpu, gloo, 3 CPU threads; fp32 products: by hand; allocator: none at all"
+    assert choices.describe() == "cpu with gloo, 3 CPU threads; fp32 products: by hand; allocator: none at all"
