@@ -16,7 +16,7 @@ from tests.parallel.cases import LAYOUTS, PAIRS, STEPS, alone, configuration, ou
 
 # Layouts add the same fp32 numbers up in other orders, each addition off by up to 6e-8 of its result. Measured over
 # the table, and allowed several times over: losses differ by 2e-7 of their value, gradients of the first step by
-# 1.3e-6 of their tensor's largest entry, weights after the last (norm gains are near 1) by 2.6e-7, and gradient norms
+# 1.6e-6 of their tensor's largest entry, weights after the last (norm gains are near 1) by 3.8e-7, and gradient norms
 # by 1.5e-6, most of it by the third step, from weights that differ already.
 LOSS_TOLERANCE = 1e-6
 NORM_TOLERANCE = 1e-5
