@@ -255,7 +255,7 @@ def saved_bytes():
     from pretrain.platform import cpu_adapter
 
     cpu_adapter.apply()
-    attention.CPU_BY_BLOCKS_UP_TO = 0  # The attention that is counted keeps no scores.
+    attention.CPU_PLAIN_UP_TO = 0  # The attention that is counted keeps no scores.
     mesh = None
     results = {}
     for name, (start, *pair) in GROWING.items():
