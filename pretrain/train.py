@@ -16,7 +16,14 @@ from pretrain.model.counts import count_flops
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
 from pretrain.parallel.mesh import Mesh, mesh_of
-from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias
+from pretrain.parallel.routing_stats import (
+    aux_losses,
+    copy_selection_biases,
+    expert_load,
+    reset_routing_stats,
+    restore_selection_biases,
+    selection_bias,
+)
 from pretrain.platform import distributed
 from pretrain.run import Run, TrainState, restore_or_build
 from pretrain.signals import DONE, REQUEUE, graceful_stop
@@ -70,9 +77,12 @@ def train_step(run: Run, state: TrainState) -> float:
     """Train on one global batch and log it; returns its loss. Collective."""
     batch = next_batch(run)
     reset_routing_stats(run.engine)
+    biases = copy_selection_biases(run.engine)
     loss = float(run.engine.forward_backward(iter(batch)))
     result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
     state.advance(run.config, flops_per_token(run.config))
+    if result.skipped:
+        restore_selection_biases(run.engine, biases)
     note_skip(run, state, result)
     run.clock.end_step(kept=not result.skipped)
     log_step(run, state, loss, result)

@@ -175,6 +175,11 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(corpus: Path, tmp_pat
     assert skipped == [row["step"] for row in events(configs[0].run.directory, "skip")] == [2, 4]
     losses = [row["loss"] for row in rows(configs[0].run.directory, "train")]
     assert all(map(math.isfinite, losses))
+    # A skipped step changes nothing, selection biases included; the others move them by the update rate.
+    spreads = [row["moe"]["bias_spread"] for row in rows(configs[0].run.directory, "train")]
+    assert spreads[1] == spreads[0]
+    assert spreads[2] != spreads[1]
+    assert spreads[3] == spreads[2]
     assert "optim.max_skipped_steps = 3" in many
     assert "step 5 is the 4th in a row" in many
 

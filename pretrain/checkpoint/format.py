@@ -83,6 +83,8 @@ class Index(Record):
 
 
 class FileEntry(Record):
+    """What a file of the checkpoint has to be."""
+
     bytes: Extent
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 

@@ -30,18 +30,22 @@ _BLOCK = 1 << 20  # sequences checked in one go; bounds memory, as every rank op
 
 
 def bin_path(prefix: Path) -> Path:
+    """The token ids of a dataset."""
     return prefix.with_name(prefix.name + ".bin")
 
 
 def idx_path(prefix: Path) -> Path:
+    """Where each document lies in the ids."""
     return prefix.with_name(prefix.name + ".idx")
 
 
 def sidecar_path(prefix: Path) -> Path:
+    """What we know of a dataset that Megatron's format has no place for."""
     return prefix.with_name(prefix.name + ".json")
 
 
 def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

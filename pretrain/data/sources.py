@@ -40,6 +40,8 @@ class Document:
 
 @dataclass(frozen=True)
 class SourceFile:
+    """One file to be read."""
+
     path: Path
     name: str
     """Posix path below the input it was found in."""

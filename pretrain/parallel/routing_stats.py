@@ -52,6 +52,19 @@ def expert_load(engine: Engine, model: ModelConfig) -> torch.Tensor:
     return load.cpu()
 
 
+def copy_selection_biases(engine: Engine) -> dict[int, torch.Tensor]:
+    """This rank's selection biases, for `restore_selection_biases`; empty when the routers have none."""
+    routers = _routers(engine).items()
+    return {layer: router.expert_bias.clone() for layer, router in routers if router.expert_bias is not None}
+
+
+def restore_selection_biases(engine: Engine, biases: dict[int, torch.Tensor]) -> None:
+    """Take back an update of the biases, which megatron-core makes before it is known whether the step is skipped."""
+    routers = _routers(engine)
+    for layer, bias in biases.items():
+        routers[layer].expert_bias.copy_(bias)
+
+
 def selection_bias(engine: Engine, model: ModelConfig) -> torch.Tensor | None:
     """Selection biases fp32 [L, E] on the CPU; None when the routers have none. Collective."""
     if model.router.bias_update_rate == 0:
