@@ -84,9 +84,9 @@ def test_the_demo_stopped_finished_and_given_again(config: Path, tmp_path: Path)
     ]
     learned, see, following = lines[-3:]
     (baseline,) = events(run, "baselines")
+    bigram, unigram = (f"{baseline[f'{name}_bits_per_byte']:.3f}" for name in ("bigram", "unigram"))
     assert re.fullmatch(
-        rf"learned: \d\.\d{{3}} bits per byte on held-out modules \(bigram model {baseline['bigram_bits_per_byte']:.3f}, "
-        rf"unigram model {baseline['unigram_bits_per_byte']:.3f}\)",
+        rf"learned: \d\.\d{{3}} bits per byte on held-out modules \(bigram model {bigram}, unigram model {unigram}\)",
         learned,
     )
     assert see == f"see:     {run}/report/loss.png (checkpoints: {run}/checkpoints)"
