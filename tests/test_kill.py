@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pretrain.checkpoint import list_checkpoints
 from pretrain.config.load import dump_config
 from pretrain.config.schema import Config
 from tests.helpers.commands import command_process, torchrun
@@ -51,6 +52,7 @@ def test_a_killed_rank_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     assert {mark.name for mark in marks.iterdir()} == {"step", "save"}
 
     run = killed.run.directory
+    assert [row.layout for row in list_checkpoints(run)] == ["2 ranks, expert 2"] * 2
     assert [event["step"] for event in events(run, "restart")] == [3, 3]
     assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4, 5, 6]
     losses = [row["loss"] for row in rows(run, "train")]
