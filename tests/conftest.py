@@ -1,0 +1,41 @@
+"""The suite runs on the CPU, over gloo, also where there are GPUs: they are hidden before torch looks for them.
+
+Tests marked `gpu` start processes of their own that see the GPUs again, and are skipped where there are none.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+
+def _gpus() -> int:
+    """NVIDIA GPUs of this machine, counted without torch."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+
+
+GPUS = _gpus()
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def gpu_environment() -> dict[str, str]:
+    """Environment for a process that may use the GPUs."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return environment if VISIBLE is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE}
+
+
+@pytest.hookimpl
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is none."""
+    if not GPUS:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
