@@ -70,8 +70,7 @@ class ProgressLine:
                 console=self._console,
                 refresh_per_second=2,
             )
-            self._task = self._live.add_task("", total=total_steps, head="starting", tail="")
-            self._live.start()
+            self._task = self._live.add_task("", total=total_steps, head="", tail="")
 
     def step(
         self, step: int, *, loss: float, step_seconds: float, tokens_per_second: float, skipped: bool = False
@@ -88,6 +87,8 @@ class ProgressLine:
             parts.append(f"ETA {duration(left)}")
         head, tail = f"step {step}/{self._total}", "  ".join(part for part in parts if part)
         if self._live is not None:
+            # Not before: from here on rich folds what others print to the width of the terminal, tables included.
+            self._live.start()
             self._live.update(self._task, completed=step, head=head, tail=tail)
         elif step == self._total or self._now() - self._printed_at >= self._interval():
             self._print(f"{head}  {tail}")
