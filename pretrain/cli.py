@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from pretrain import __version__
 from pretrain.config.load import load_config
 from pretrain.errors import ConfigError, UserError
+from pretrain.platform.launcher import find_launch
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 SPEAK_AFTER_SECONDS = 10
@@ -79,10 +80,9 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from pretrain.platform import distributed  # noqa: PLC0415 (torch is imported by the commands that need it)
-
-    config = load_config(options.config, options.set, world_size=distributed.world_size())
-    from pretrain.train import train  # noqa: PLC0415
+    # Before torch is imported, which takes seconds: a mistyped key is said at once.
+    config = load_config(options.config, options.set, world_size=find_launch().world_size)
+    from pretrain.train import train  # noqa: PLC0415 (torch is imported by the commands that need it)
 
     return train(config)
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from pretrain.errors import UserError
 from pretrain.platform import distributed
 from pretrain.platform.device import Device
-from pretrain.platform.distributed import Launch, expand_counts, find_launch, first_host, init_process_group
+from pretrain.platform.distributed import init_process_group
+from pretrain.platform.launcher import Launch, expand_counts, find_launch, first_host
 
 ROOT = Path(__file__).parents[2]
 CPU = Device(torch.device("cpu"), "gloo", 1, fp32_matmul="", allocator="")
