@@ -39,12 +39,16 @@ def bench(*, rounds: int, quick: bool, json_file: Path | None = None) -> int:
     """Measure, print the table, write the JSON; returns the exit code."""
     if distributed.world_size() > 1:
         raise UserError(f"{distributed.world_size()} processes: bench measures one; start it without a launcher")
+    if json_file and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}; make it, or give another file")
     with distributed.joined() as device, mesh_of(ParallelConfig(), device) as mesh:
         if device.type == "cpu":
             # Its CPU time is then the work done, whoever else is on the machine.
             torch.set_num_threads(1)
         machine = report.machine(device)
         print(report.describe(machine), flush=True)
+        if not _has_transformers():
+            print("transformers is not installed, so not compared with: pip install transformers", flush=True)
         chosen = workloads_for(device)[: 1 if quick else None]
         results = []
         for workload in chosen:
@@ -83,11 +87,15 @@ def _peers(config: Config, mesh: Mesh, steps: int) -> dict[str, variants.Step]:
         variants.BARE: variants.bare_megatron(config, mesh, _batches(config, mesh, steps)),
         variants.STOCK: variants.stock_megatron(config, mesh, _batches(config, mesh, steps), weights),
     }
-    if importlib.util.find_spec("transformers"):
+    if _has_transformers():
         from pretrain.bench.huggingface import qwen3_moe  # noqa: PLC0415 (it is not among what a run needs)
 
         peers[variants.TRANSFORMERS] = qwen3_moe(config, mesh, _batches(config, mesh, steps), weights)
     return peers
+
+
+def _has_transformers() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def _batches(config: Config, mesh: Mesh, steps: int) -> Iterator[Batch]:

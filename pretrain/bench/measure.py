@@ -1,11 +1,12 @@
 """Timing of steps in turn, and the figures made of it.
 
-Machines are shared and their clocks move, so variants take turns, round by round, each time starting with another
-one; a step is judged by medians, and against another by the median of the ratios within a round, too.
+Machines are shared and their clocks move, so variants take turns, round by round; a step is judged by medians, and
+against another by the median of the ratios within a round, too.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -51,12 +52,13 @@ class Result:
 
 
 def take_turns(steps: Mapping[str, Step], *, rounds: int, device: torch.device) -> dict[str, list[Seconds]]:
-    """Time `rounds` steps of each, in turn."""
+    """Time `rounds` steps of each, all of them once a round."""
     names = list(steps)
     taken: dict[str, list[Seconds]] = {name: [] for name in names}
-    for round_ in range(rounds):
-        first = round_ % len(names)
-        for name in (*names[first:], *names[:first]):
+    order = random.Random(0)
+    for _ in range(rounds):
+        # Shuffled, as what ran before leaves caches and free memory better or worse for what comes next.
+        for name in order.sample(names, len(names)):
             taken[name].append(_time(steps[name], device))
     return taken
 

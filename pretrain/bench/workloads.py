@@ -80,7 +80,7 @@ MEDIUM = Workload(
         expert_ffn_size=256,
     ),
     sequence_length=512,
-    micro_batch_size=4,
+    micro_batch_size=2,
 )
 LARGE = Workload(
     "large",
@@ -94,7 +94,7 @@ LARGE = Workload(
         top_k=8,
         expert_ffn_size=512,
     ),
-    sequence_length=4096,
+    sequence_length=2048,
     micro_batch_size=4,
 )
 

@@ -17,6 +17,7 @@ from pretrain.bench.measure import Seconds, Timings, ratio, take_turns
 from pretrain.bench.stand_ins import optimizer_on_cpu
 from pretrain.bench.workloads import Workload
 from pretrain.config.schema import ModelConfig
+from pretrain.errors import UserError
 from tests.helpers.distributed import run_ranks
 
 VARIANTS = [variants.OURS, variants.BARE, variants.STOCK, variants.TRANSFORMERS]
@@ -150,6 +151,19 @@ def test_refuses_unequal_work() -> None:
     assert refusal.startswith(variants.STOCK)
 
 
+@pytest.mark.parametrize(
+    ("processes", "json_file", "word"), [(2, None, "2 processes"), (1, "nowhere/bench.json", "nowhere")]
+)
+def test_says_at_once_what_cannot_work(
+    monkeypatch: pytest.MonkeyPatch, processes: int, json_file: str | None, word: str
+) -> None:
+    from pretrain.bench import command
+
+    monkeypatch.setattr(command.distributed, "world_size", lambda: processes)
+    with pytest.raises(UserError, match=word):
+        command.bench(rounds=1, quick=True, json_file=Path(json_file) if json_file else None)
+
+
 def test_measures_the_demo(tmp_path: Path) -> None:
     from pretrain.bench.demo import demo_speed
 
@@ -174,9 +188,11 @@ def test_steps_take_turns() -> None:
         return 0.0
 
     steps = {name: lambda name=name: step(name) for name in "abc"}
-    taken = take_turns(steps, rounds=3, device=torch.device("cpu"))
-    assert "".join(order) == "abcbcacab"
-    assert all(len(seconds) == 3 for seconds in taken.values())
+    taken = take_turns(steps, rounds=20, device=torch.device("cpu"))
+    rounds = ["".join(order[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(round_) == ["a", "b", "c"] for round_ in rounds)
+    assert len(set(rounds)) == 6
+    assert all(len(seconds) == 20 for seconds in taken.values())
     assert Timings([], [Seconds(wall=2.0, cpu=1.0)]).of("cpu") == [1.0]
 
 
