@@ -126,6 +126,8 @@ def _train(config_file: Path, overrides: Sequence[str], *, processes: int) -> in
     This is torchrun, called rather than started: it would turn every exit code into 1, and add a traceback of its own.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(thread_count(processes)))
+    # The demo is a CPU's everywhere: a machine with one GPU has none for the second process.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from torch.distributed import run as torchrun  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing import SignalException  # noqa: PLC0415
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
