@@ -101,6 +101,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
     given = {
         "suffixes": options.suffixes and tuple(options.suffixes.split(",")),
         "text_key": options.text_key,
+        "eod_token": options.eod_token,
         "tokenizer": options.tokenizer,
         "vocab_size": options.vocab_size,
         "valid_fraction": options.valid_fraction,
@@ -273,6 +274,7 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument("--output", type=Path, required=True, help="folder to be made")
     prepare.add_argument("--suffixes", help="comma-separated suffixes of the files to read in folders")
     prepare.add_argument("--text-key", help="key of the text in JSONL (default: text)")
+    prepare.add_argument("--eod-token", help="token that ends every document (default: <|endoftext|>)")
     prepare.add_argument("--tokenizer", type=Path, help="tokenizer.json to use (default: train one)")
     prepare.add_argument("--vocab-size", type=_positive, help="size of the tokenizer that is trained")
     prepare.add_argument("--valid-fraction", type=float, help="share held out for validation")

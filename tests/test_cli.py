@@ -106,7 +106,8 @@ def pretrain() -> Iterator[CommandProcess]:
 def test_data_prepare_and_verify(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "data"
     arguments = ["data", "prepare", str(corpus.parent / "text"), "--output", str(output), "--vocab-size", "300"]
-    assert cli.main([*arguments, "--valid-fraction", "0.2", "--suffixes", ".py,.md"]) == 0
+    assert cli.main([*arguments, "--valid-fraction", "0.2", "--suffixes", ".py,.md", "--eod-token", "</s>"]) == 0
+    assert '"</s>"' in (output / "tokenizer.json").read_text()
     assert re.search(rf"{output}/train\.bin: \d+ documents, [\d,]+ tokens, [\d,]+ bytes", capsys.readouterr().out)
 
     prefixes = [str(output / split) for split in ("train", "valid")]
