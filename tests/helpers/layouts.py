@@ -17,9 +17,9 @@ from pretrain.model.shards import Shard
 from pretrain.optim import ShardedOptimizer
 from pretrain.parallel.engine import Batch, Engine, build_engine
 from pretrain.parallel.mesh import Mesh, mesh_of
-from pretrain.parallel.replicas import differing_replicas
 from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias
 from pretrain.platform import cpu_adapter
+from tests.helpers.replicas import differing_replicas
 
 CPU = torch.device("cpu")
 

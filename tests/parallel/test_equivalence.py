@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pretrain.config.schema import Config
-from pretrain.parallel.replicas import differing_replicas
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import Outcome, assemble, double_expert_gradients, engine_of, train, train_alone
+from tests.helpers.replicas import differing_replicas
 from tests.parallel.cases import LAYOUTS, PAIRS, STEPS, alone, configuration, outcome
 
 # Layouts add the same fp32 numbers up in other orders, each addition off by up to 6e-8 of its result. Measured over
