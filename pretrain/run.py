@@ -73,6 +73,8 @@ class Run:
     engine: Engine
     optimizer: ShardedOptimizer
     schedule: Schedule
+    flops_per_token: int
+    """Model FLOPs of training on one token."""
     train_data: BlendedDataset
     valid_data: BlendedDataset | None
     batches: BatchIterator
@@ -91,10 +93,6 @@ class Run:
         if self.recorder:
             self.recorder.event(name, step=state.step, **fields)
 
-    def tensors(self) -> list[ShardedTensor]:
-        """What a checkpoint holds beside the state: weights, selection biases, optimizer tensors."""
-        return [shard.sharded() for shard in self.engine.shards] + self.optimizer.named_state()
-
     def save(self, state: TrainState) -> None:
         """Write a checkpoint, or begin to when they are asynchronous. Collective."""
         state.optimizer = self.optimizer.state_dict()
@@ -102,13 +100,19 @@ class Run:
         state.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         if self.recorder:
             state.recorder = self.recorder.state_dict()
-        self.checkpoints.save(state.step, self.tensors(), state=asdict(state), config_toml=dump_config(self.config))
+        tensors = checkpoint_tensors(self.engine, self.optimizer)
+        self.checkpoints.save(state.step, tensors, state=asdict(state), config_toml=dump_config(self.config))
 
     def report_durable(self, state: TrainState) -> None:
         """Write an event for each checkpoint that is safe by now."""
         while not self.durable.empty():
             path, seconds = self.durable.get()
             self.event("save", state, checkpoint=path.name, seconds=round(seconds, 3))
+
+
+def checkpoint_tensors(engine: Engine, optimizer: ShardedOptimizer) -> list[ShardedTensor]:
+    """What a checkpoint holds beside the state: weights, selection biases, optimizer tensors."""
+    return [shard.sharded() for shard in engine.shards] + optimizer.named_state()
 
 
 def open_data(config: Config) -> tuple[BlendedDataset, BlendedDataset | None]:
@@ -124,6 +128,12 @@ def open_data(config: Config) -> tuple[BlendedDataset, BlendedDataset | None]:
         )
 
     return blend("train", config.run.seed), blend("valid", VALIDATION_SEED) if config.data.valid else None
+
+
+def _batches(config: Config, mesh: Mesh, data: BlendedDataset, *, consumed_samples: int) -> BatchIterator:
+    return BatchIterator(
+        data, config.batch, dp_rank=mesh.data_rank, dp_size=mesh.data_size, consumed_samples=consumed_samples
+    )
 
 
 def _valid_bytes_per_token(config: Config, valid_data: BlendedDataset | None) -> float | None:
@@ -171,15 +181,10 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
             engine=engine,
             optimizer=optimizer,
             schedule=Schedule.from_config(config.schedule, config.total_steps),
+            flops_per_token=count_flops(config.model, config.batch.sequence_length).per_token,
             train_data=train_data,
             valid_data=valid_data,
-            batches=BatchIterator(
-                train_data,
-                config.batch,
-                dp_rank=mesh.data_rank,
-                dp_size=mesh.data_size,
-                consumed_samples=state.samples,
-            ),
+            batches=_batches(config, mesh, train_data, consumed_samples=state.samples),
             checkpoints=checkpoints,
             clock=clock,
             recorder=recorder,
@@ -210,9 +215,8 @@ def _restore(
         changed = changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
         _check_resumable(path, state, config, train_data)
         optimizer.load_state_dict(state.optimizer)
-    tensors = [shard.sharded() for shard in engine.shards] + optimizer.named_state()
     try:
-        read_checkpoint(path, tensors, group=ranks.group)
+        read_checkpoint(path, checkpoint_tensors(engine, optimizer), group=ranks.group)
     except CheckpointError as error:
         # The tensors that do not fit follow from a few keys.
         causes = [change for change in changed if change.startswith(("model.", "optim.", "run.precision"))]
@@ -290,7 +294,7 @@ def _announce(
         run.event("start", state)
     print(
         f"{parameters.total / 1e6:,.2f} M parameters, {parameters.active / 1e6:,.2f} M active per token; "
-        f"{count_flops(config.model, config.batch.sequence_length).per_token / 1e6:,.1f} MFLOPs per token; "
+        f"{run.flops_per_token / 1e6:,.1f} MFLOPs per token; "
         f"{config.total_steps} steps of {config.batch.tokens_per_step:,} tokens"
     )
     print(run.optimizer.describe())

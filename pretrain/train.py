@@ -12,7 +12,6 @@ from pretrain.data.batches import validation_batches
 from pretrain.errors import ConfigError, UserError
 from pretrain.metrics.rows import TrainRow, ValidRow
 from pretrain.metrics.throughput import RunClock, memory_bytes, rates
-from pretrain.model.counts import count_flops
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
 from pretrain.parallel.mesh import Mesh, mesh_of
@@ -63,11 +62,6 @@ def started(config: Config) -> Iterator[Mesh]:
         yield mesh
 
 
-def flops_per_token(config: Config) -> int:
-    """Model FLOPs of training on one token."""
-    return count_flops(config.model, config.batch.sequence_length).per_token
-
-
 def is_due(every_steps: int, state: TrainState, config: Config) -> bool:
     """Whether something that happens every so many steps (0: never), and at the end, happens after this one."""
     return every_steps > 0 and (state.step % every_steps == 0 or state.step == config.total_steps)
@@ -80,7 +74,7 @@ def train_step(run: Run, state: TrainState) -> float:
     biases = copy_selection_biases(run.engine)
     loss = float(run.engine.forward_backward(iter(batch)))
     result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
-    state.advance(run.config, flops_per_token(run.config))
+    state.advance(run.config, run.flops_per_token)
     if result.skipped:
         restore_selection_biases(run.engine, biases)
     note_skip(run, state, result)
@@ -134,7 +128,7 @@ def log_step(run: Run, state: TrainState, loss: float, result: StepResult) -> No
     figures = rates(
         clock.take_interval(),
         tokens_per_step=config.batch.tokens_per_step,
-        flops_per_step=float(flops_per_token(config)) * config.batch.tokens_per_step,
+        flops_per_step=float(run.flops_per_token) * config.batch.tokens_per_step,
         devices=run.mesh.world_size,
         peak_tflops=config.metrics.peak_tflops,
     )
