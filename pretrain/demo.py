@@ -40,7 +40,7 @@ def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
     What an earlier demo with the same configuration has done is not done again.
     """
     config = load_config(config_file, overrides)
-    processes = smallest_world_size(config.parallel)
+    processes = smallest_world_size(config)
     problems = [*check(config, processes), *_problems(config)]
     if problems:
         raise ConfigError(problems, str(config_file))

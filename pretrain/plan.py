@@ -72,7 +72,7 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
         ConfigError: with every rule that is broken.
     """
     if world_size is None:
-        world_size = smallest_world_size(config.parallel)
+        world_size = smallest_world_size(config)
     problems = check(config, world_size)
     if problems:
         raise ConfigError(problems)

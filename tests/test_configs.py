@@ -25,7 +25,7 @@ def names(files):
 @pytest.mark.parametrize("path", FILES, ids=names(FILES))
 def test_loads_plans_and_survives_a_round_trip(path, tmp_path):
     config = load_config(path)
-    smallest = smallest_world_size(config.parallel)
+    smallest = smallest_world_size(config)
     assert make_plan(config).world_size == smallest
     assert check(config, 2 * smallest + 1) or smallest == 1
     (tmp_path / "resolved.toml").write_text(dump_config(config))

@@ -39,7 +39,7 @@ class DemoSpeed:
 def demo_speed(config_file: Path = CONFIG_FILE) -> DemoSpeed:
     """Train some steps of the demonstration on CPUs, on as many processes as it takes."""
     demo = load_config(config_file)
-    processes = smallest_world_size(demo.parallel)
+    processes = smallest_world_size(demo)
     threads = thread_count(processes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

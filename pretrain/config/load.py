@@ -17,8 +17,9 @@ from typing import Any, get_args
 import tomli_w
 from pydantic import ValidationError
 
+from pretrain.config.base import Section
 from pretrain.config.rules import check
-from pretrain.config.schema import Config, Section
+from pretrain.config.schema import Config
 from pretrain.errors import ConfigError
 
 Table = dict[str, Any]

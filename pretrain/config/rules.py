@@ -11,23 +11,32 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pretrain.config.growth_rules import growth_rules
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, RouterConfig
+from pretrain.config.stages import stages
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
     """Every broken rule; those about the number of ranks only when `world_size` is given."""
-    problems = [
+    problems = _stage_rules(config, world_size)
+    problems += [*_budget_rules(config), *_saving_rules(config), *growth_rules(config)]
+    if not problems:
+        # Only now are the later stages known.
+        for index, stage in enumerate(stages(config)[1:]):
+            problems += [f"after growth[{index}]: {problem}" for problem in _stage_rules(stage.config, world_size)]
+    return problems
+
+
+def _stage_rules(config: Config, world_size: int | None) -> list[str]:
+    """Rules about the model and layout of one stage of a run."""
+    return [
         *_attention_rules(config.model),
         *_layer_rules(config.model),
         *(_moe_rules(config.model) if config.model.is_moe else _dense_rules(config)),
         *_pipeline_rules(config),
         *_sharding_rules(config),
-        *_budget_rules(config),
-        *_saving_rules(config),
+        *(_world_size_rules(config, world_size) if world_size is not None else ()),
     ]
-    if world_size is not None:
-        problems += _world_size_rules(config, world_size)
-    return problems
 
 
 def check_runnable(config: Config) -> list[str]:
@@ -80,9 +89,17 @@ def _layer_rules(model: ModelConfig) -> Iterator[str]:
             f"model.first_dense_layers = {model.first_dense_layers}: must be less than model.num_layers = "
             f"{model.num_layers}; lower it, or leave out the MoE keys for a dense model"
         )
-    if not model.ffn_size and model.first_dense_layers:
+    stray = [layer for layer in model.dense_layers if not model.first_dense_layers <= layer < model.num_layers]
+    if stray:
         yield (
-            f"model.ffn_size = 0: the model.first_dense_layers = {model.first_dense_layers} dense layers need it; "
+            f"model.dense_layers = {list(model.dense_layers)}: {stray[0]} is not a layer after the first "
+            f"{model.first_dense_layers} of {model.num_layers}; leave it out, or use model.first_dense_layers"
+        )
+    elif model.dense_layers and not model.moe_layers:
+        yield f"model.dense_layers = {list(model.dense_layers)}: leaves no layer with experts; list fewer"
+    if not model.ffn_size and (model.first_dense_layers or model.dense_layers):
+        yield (
+            f"model.ffn_size = 0: the dense layers (model.first_dense_layers = {model.first_dense_layers}) need it; "
             "set model.ffn_size, for example to 4 * hidden_size"
         )
     if not model.ffn_size and not model.is_moe:
@@ -90,7 +107,7 @@ def _layer_rules(model: ModelConfig) -> Iterator[str]:
             "model.ffn_size = 0: a dense model (model.num_experts = 0) needs it; set model.ffn_size, or "
             "model.num_experts for a mixture of experts"
         )
-    if model.ffn_size and model.is_moe and not model.first_dense_layers:
+    if model.ffn_size and model.is_moe and not (model.first_dense_layers or model.dense_layers):
         yield (
             f"model.ffn_size = {model.ffn_size}: the model has no dense layer (model.first_dense_layers = 0) that "
             "would use it; leave it out, or set model.first_dense_layers"
@@ -105,6 +122,7 @@ def _dense_rules(config: Config) -> Iterator[str]:
         "model.expert_ffn_size": model.expert_ffn_size,
         "model.shared_expert_ffn_size": model.shared_expert_ffn_size,
         "model.first_dense_layers": model.first_dense_layers,
+        "model.dense_layers": list(model.dense_layers),
     }
     for key, value in keys.items():
         if value:
@@ -294,9 +312,10 @@ def _expert_ranks(parallel: ParallelConfig) -> int:
     return parallel.expert * parallel.expert_tensor * parallel.pipeline
 
 
-def smallest_world_size(parallel: ParallelConfig) -> int:
-    """Fewest ranks on which the layout fits."""
-    return math.lcm(_model_ranks(parallel), _expert_ranks(parallel))
+def smallest_world_size(config: Config) -> int:
+    """Fewest ranks on which the layouts of all stages fit."""
+    layouts = [stage.config.parallel for stage in stages(config)]
+    return math.lcm(*map(_model_ranks, layouts), *map(_expert_ranks, layouts))
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,18 @@ rules that tie several keys together stand in `rules`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A frozen table of keys that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+from pretrain.config.base import (
+    Beta,
+    Count,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from pretrain.config.growth import GrowthConfig
 
 
 class RouterConfig(Section):
@@ -71,6 +67,8 @@ class ModelConfig(Section):
     """RMSNorm per head on queries and keys."""
     tie_embeddings: bool = False
     """One table for input embedding and output layer."""
+    logit_scale: PositiveFloat = 1.0
+    """Factor on the logits. Growing the hidden size of a model with tied embeddings changes it."""
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 10000.0
     init_std: PositiveFloat = 0.02
@@ -87,6 +85,8 @@ class ModelConfig(Section):
     """Intermediate size of the shared expert every token passes (0: none)."""
     first_dense_layers: Count = 0
     """Leading layers that are dense, with ffn_size."""
+    dense_layers: tuple[Count, ...] = ()
+    """Further dense layers, by their number from 0: stacking a model that begins with dense layers makes some."""
     router: RouterConfig = RouterConfig()
 
     backend: Literal["auto", "native", "transformer_engine"] = "auto"
@@ -105,9 +105,14 @@ class ModelConfig(Section):
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, has routed experts."""
+        return self.is_moe and layer >= self.first_dense_layers and layer not in self.dense_layers
+
     @property
-    def num_moe_layers(self) -> int:
-        return self.num_layers - self.first_dense_layers if self.is_moe else 0
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with routed experts."""
+        return tuple(layer for layer in range(self.num_layers) if self.is_moe_layer(layer))
 
 
 class DataSource(Section):
@@ -278,6 +283,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    growth: tuple[GrowthConfig, ...] = ()
 
     @property
     def total_steps(self) -> int:

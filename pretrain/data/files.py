@@ -20,7 +20,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 from pydantic import Field, ValidationError
 
-from pretrain.config.schema import Count, Fraction, PositiveInt, Section
+from pretrain.config.base import Count, Fraction, PositiveInt, Section
 from pretrain.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

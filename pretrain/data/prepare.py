@@ -13,7 +13,7 @@ from pydantic import Field
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from pretrain.config.schema import Fraction, PositiveInt, Section
+from pretrain.config.base import Fraction, PositiveInt, Section
 from pretrain.data.files import (
     FileRecord,
     Sidecar,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
@@ -71,8 +73,17 @@ def build_chunks(
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if gpt.post_process and model.logit_scale != 1.0:
+            # On the input of the output layer, which is smaller than its output and differs by nothing else.
+            gpt.output_layer.register_forward_pre_hook(partial(_scale_input, scale=model.logit_scale))
         built.append(gpt)
     return built
+
+
+def _scale_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], *, scale: float) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook that multiplies the first input of a module."""
+    hidden, *rest = inputs
+    return hidden * scale, *rest
 
 
 def _block_spec(
@@ -86,10 +97,7 @@ def _block_spec(
     """Specs of the layers in one chunk of one stage."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
-    layers = [
-        _layer_spec(model, backend, is_moe=model.is_moe and layer >= model.first_dense_layers)
-        for layer in range(first, first + count)
-    ]
+    layers = [_layer_spec(model, backend, is_moe=model.is_moe_layer(layer)) for layer in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 

@@ -209,7 +209,7 @@ def _activation_bytes(config: Config, layout: Layout, rank: int) -> int:
     tokens = local_tokens(config.batch, layout)
     layers = layout.stage_layers(rank)
     whole = [_layer_bytes_per_token(model, layout, layer, width) for layer in layers]
-    inside = [_moe_bytes_per_token(model, layout, width) if _is_moe_layer(model, layer) else 0 for layer in layers]
+    inside = [_moe_bytes_per_token(model, layout, width) if model.is_moe_layer(layer) else 0 for layer in layers]
     if recompute == "full":
         kept, again = [model.hidden_size * width] * len(layers), max(whole)
     elif recompute == "selective":
@@ -234,10 +234,6 @@ def _chunks_in_flight(layout: Layout, rank: int) -> int:
     return min(warm_up + 1, layout.microbatches * layout.pipeline_chunks)
 
 
-def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
-    return model.is_moe and layer >= model.first_dense_layers
-
-
 def _layer_bytes_per_token(model: ModelConfig, layout: Layout, layer: int, width: int) -> int:
     """Kept by one layer per token of T. The 1 / tensor of head and ffn shards cancels against T, which has it, too."""
     D, F = model.hidden_size, model.ffn_size
@@ -247,8 +243,8 @@ def _layer_bytes_per_token(model: ModelConfig, layout: Layout, layer: int, width
     heads = (H + 2 * G) * C + (H + G) * C + H * C
     if model.qk_norm:
         heads += H * C  # queries before their norm; keys are a view of the projection
-    ffn = 0 if _is_moe_layer(model, layer) else _swiglu_values(F)
-    moe = _moe_bytes_per_token(model, layout, width) if _is_moe_layer(model, layer) else 0
+    ffn = 0 if model.is_moe_layer(layer) else _swiglu_values(F)
+    moe = _moe_bytes_per_token(model, layout, width) if model.is_moe_layer(layer) else 0
     log_sums = H * FP32_BYTES  # of the scores of each head
     return width * (norms + heads + ffn) + log_sums + moe
 

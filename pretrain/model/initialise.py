@@ -29,8 +29,7 @@ def standard_deviation(logical: LogicalTensor, model: ModelConfig) -> float:
     """
     if logical.kind in ("norm", "router_bias"):
         return 0.0
-    into_stream = logical.key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-    return model.init_std / math.sqrt(2 * model.num_layers) if into_stream else model.init_std
+    return model.init_std / math.sqrt(2 * model.num_layers) if logical.writes_stream else model.init_std
 
 
 def draw_normal(

@@ -40,6 +40,8 @@ class LogicalTensor:
     """Axis name -> parallel dimension that splits it into equal contiguous parts."""
     layer: int | None = None
     """Global layer number, from 0; None outside the decoder layers."""
+    fan_in: tuple[str, ...] = ()
+    """Axes that the linear map sums over: its inputs."""
 
     @property
     def numel(self) -> int:
@@ -49,6 +51,11 @@ class LogicalTensor:
     def is_expert(self) -> bool:
         """Whether the weight belongs to a routed expert, so that expert parallelism spreads it."""
         return "expert" in self.sharded.values()
+
+    @property
+    def writes_stream(self) -> bool:
+        """Whether it is the last projection of a branch, whose output is added to the residual stream."""
+        return self.kind == "matrix" and "hidden" not in self.fan_in
 
     @property
     def trainable(self) -> bool:
@@ -62,8 +69,10 @@ class LogicalTensor:
         )
 
 
-def _tensor(key: str, kind: Kind, layer: int | None, axes: dict[str, int], **sharded: MeshAxis) -> LogicalTensor:
-    return LogicalTensor(key, tuple(axes), tuple(axes.values()), kind, sharded, layer)
+def _tensor(
+    key: str, kind: Kind, layer: int | None, axes: dict[str, int], fan_in: str = "", **sharded: MeshAxis
+) -> LogicalTensor:
+    return LogicalTensor(key, tuple(axes), tuple(axes.values()), kind, sharded, layer, tuple(fan_in.split()))
 
 
 def logical_tensors(model: ModelConfig) -> Iterator[LogicalTensor]:
@@ -72,13 +81,13 @@ def logical_tensors(model: ModelConfig) -> Iterator[LogicalTensor]:
     yield _tensor("embedding.word_embeddings.weight", "embedding", None, {"vocab": V, "hidden": D}, vocab="tensor")
     for layer in range(model.num_layers):
         yield from _attention_tensors(model, layer)
-        if model.is_moe and layer >= model.first_dense_layers:
+        if model.is_moe_layer(layer):
             yield from _moe_tensors(model, layer)
         else:
             yield from _swiglu_tensors(f"decoder.layers.{layer}.mlp", layer, "ffn", model.ffn_size, D)
     yield _tensor("decoder.final_layernorm.weight", "norm", None, {"hidden": D})
     if not model.tie_embeddings:
-        yield _tensor("output_layer.weight", "output", None, {"vocab": V, "hidden": D}, vocab="tensor")
+        yield _tensor("output_layer.weight", "output", None, {"vocab": V, "hidden": D}, "hidden", vocab="tensor")
 
 
 def _attention_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor]:
@@ -91,6 +100,7 @@ def _attention_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor
         "matrix",
         layer,
         {"kv_group": G, "qkv_slot": q + 2, "head_dim": C, "hidden": D},
+        "hidden",
         kv_group="tensor",
     )
     if model.qk_norm:
@@ -101,6 +111,7 @@ def _attention_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor
         "matrix",
         layer,
         {"hidden": D, "kv_group": G, "head_of_group": q, "head_dim": C},
+        "kv_group head_of_group head_dim",
         kv_group="tensor",
     )
     yield _tensor(f"{prefix}.pre_mlp_layernorm.weight", "norm", layer, {"hidden": D})
@@ -108,14 +119,15 @@ def _attention_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor
 
 def _swiglu_tensors(prefix: str, layer: int, ffn_axis: str, F: int, D: int) -> Iterator[LogicalTensor]:
     split: dict[str, MeshAxis] = {ffn_axis: "tensor"}
-    yield _tensor(f"{prefix}.linear_fc1.weight", "matrix", layer, {"gate_up": 2, ffn_axis: F, "hidden": D}, **split)
-    yield _tensor(f"{prefix}.linear_fc2.weight", "matrix", layer, {"hidden": D, ffn_axis: F}, **split)
+    fc1 = {"gate_up": 2, ffn_axis: F, "hidden": D}
+    yield _tensor(f"{prefix}.linear_fc1.weight", "matrix", layer, fc1, "hidden", **split)
+    yield _tensor(f"{prefix}.linear_fc2.weight", "matrix", layer, {"hidden": D, ffn_axis: F}, ffn_axis, **split)
 
 
 def _moe_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor]:
     D, E, F = model.hidden_size, model.num_experts, model.expert_ffn_size
     prefix = f"decoder.layers.{layer}.mlp"
-    yield _tensor(f"{prefix}.router.weight", "router", layer, {"expert": E, "hidden": D})
+    yield _tensor(f"{prefix}.router.weight", "router", layer, {"expert": E, "hidden": D}, "hidden")
     if model.router.bias_update_rate > 0:
         yield _tensor(f"{prefix}.router.expert_bias", "router_bias", layer, {"expert": E})
     yield _tensor(
@@ -123,6 +135,7 @@ def _moe_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor]:
         "matrix",
         layer,
         {"expert": E, "gate_up": 2, "expert_ffn": F, "hidden": D},
+        "hidden",
         expert="expert",
         expert_ffn="expert_tensor",
     )
@@ -131,6 +144,7 @@ def _moe_tensors(model: ModelConfig, layer: int) -> Iterator[LogicalTensor]:
         "matrix",
         layer,
         {"expert": E, "hidden": D, "expert_ffn": F},
+        "expert_ffn",
         expert="expert",
         expert_ffn="expert_tensor",
     )

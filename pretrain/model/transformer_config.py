@@ -85,7 +85,7 @@ def _moe_fields(model: ModelConfig) -> dict[str, object]:
         "num_moe_experts": model.num_experts,
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_router_topk": model.top_k,
-        "moe_layer_freq": [int(layer >= model.first_dense_layers) for layer in range(model.num_layers)],
+        "moe_layer_freq": [int(model.is_moe_layer(layer)) for layer in range(model.num_layers)],
         "moe_shared_expert_intermediate_size": model.shared_expert_ffn_size or None,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,

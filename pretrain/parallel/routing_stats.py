@@ -44,9 +44,9 @@ def reset_routing_stats(engine: Engine) -> None:
 
 def expert_load(engine: Engine, model: ModelConfig) -> torch.Tensor:
     """Tokens given to each expert since the reset, over the global batch: int64 [L, E] on the CPU. Collective."""
-    load = torch.zeros(model.num_moe_layers, model.num_experts, dtype=torch.int64, device=engine.mesh.device)
+    load = torch.zeros(len(model.moe_layers), model.num_experts, dtype=torch.int64, device=engine.mesh.device)
     for layer, router in _routers(engine).items():
-        load[layer - model.first_dense_layers] = router.load
+        load[model.moe_layers.index(layer)] = router.load
     # Every token passes one router per layer on one rank: pipeline stages add their layers, all others their tokens.
     dist.all_reduce(load)
     return load.cpu()
@@ -69,9 +69,9 @@ def selection_bias(engine: Engine, model: ModelConfig) -> torch.Tensor | None:
     """Selection biases fp32 [L, E] on the CPU; None when the routers have none. Collective."""
     if model.router.bias_update_rate == 0:
         return None
-    bias = torch.zeros(model.num_moe_layers, model.num_experts, device=engine.mesh.device)
+    bias = torch.zeros(len(model.moe_layers), model.num_experts, device=engine.mesh.device)
     for layer, router in _routers(engine).items():
-        bias[layer - model.first_dense_layers] = router.expert_bias
+        bias[model.moe_layers.index(layer)] = router.expert_bias
     dist.all_reduce(bias, group=engine.mesh.groups.pp)
     return bias.cpu()
 
@@ -90,7 +90,7 @@ def aux_losses(engine: Engine, model: ModelConfig) -> dict[str, float]:
         entry = tracker.get(TRACKED[name])
         if entry is None:
             continue  # A pipeline stage without MoE layers.
-        share = entry["values"].sum() / (engine.microbatches * model.num_moe_layers)
+        share = entry["values"].sum() / (engine.microbatches * len(model.moe_layers))
         # megatron-core leaves a part of each loss on each rank of its reduce group, the whole of it elsewhere.
         if entry["reduce_group"] is None:
             share = share / groups.tp_cp.size()

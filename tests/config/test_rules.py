@@ -338,7 +338,7 @@ def test_layout_sizes():
             "batch.micro_batch_size": 2,
         },
     )
-    assert smallest_world_size(config.parallel) == 8
+    assert smallest_world_size(config) == 8
     assert check(config, 16) == []
     layout = Layout.of(config, 16)
     assert (layout.data_parallel, layout.expert_data_parallel) == (4, 2)
@@ -349,4 +349,4 @@ def test_layout_sizes():
 
 def test_smallest_world_size_of_odd_layouts():
     config = make_config(MOE, {"parallel.tensor": 2, "parallel.expert": 8, "parallel.pipeline": 4})
-    assert smallest_world_size(config.parallel) == 32
+    assert smallest_world_size(config) == 32
