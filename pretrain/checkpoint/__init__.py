@@ -2,15 +2,19 @@
 
 from pretrain.checkpoint.checkpoints import Checkpoints
 from pretrain.checkpoint.listing import LS_HEADER, CheckpointRow, list_checkpoints, verify_checkpoints
-from pretrain.checkpoint.read import read_checkpoint, read_config, read_state
+from pretrain.checkpoint.read import CheckpointReader, read_checkpoint, read_config, read_state
+from pretrain.checkpoint.steps import Moment, moment_of
 from pretrain.checkpoint.verify import verify_checkpoint
 from pretrain.checkpoint.write import write_checkpoint
 
 __all__ = [
     "LS_HEADER",
+    "CheckpointReader",
     "CheckpointRow",
     "Checkpoints",
+    "Moment",
     "list_checkpoints",
+    "moment_of",
     "read_checkpoint",
     "read_config",
     "read_state",

@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from pretrain.checkpoint.format import to_json
 from pretrain.checkpoint.ranks import Ranks
-from pretrain.checkpoint.steps import list_steps, recover, remove, step_name
+from pretrain.checkpoint.steps import Moment, list_moments, recover, remove
 from pretrain.checkpoint.verify import hash_findings, read_manifest, verify_checkpoint
 from pretrain.checkpoint.write import write_checkpoint
 from pretrain.config.schema import CheckpointConfig
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Every method but `steps` is collective over all ranks of the run.
+    """The checkpoints in one folder. Every method but `moments` is collective over all ranks of the run.
 
     `on_durable(path, seconds since the call of save)` is called on every rank once a checkpoint is complete and on
     the disk; with `asynchronous`, on the thread that wrote it. `on_damaged(path, findings)` is called on every rank
@@ -64,9 +64,9 @@ class Checkpoints:
             if self._ranks.rank == 0:
                 _prepare(directory)
 
-    def steps(self) -> dict[int, Path]:
-        """Step -> folder, oldest first, valid or not."""
-        return list_steps(self.directory)
+    def moments(self) -> dict[Moment, Path]:
+        """The folder of every checkpoint, oldest first, valid or not."""
+        return list_moments(self.directory)
 
     def latest_valid(self, *, deep: bool = True) -> Path | None:
         """The newest sound checkpoint; None when there is none at all.
@@ -76,7 +76,7 @@ class Checkpoints:
         from scratch is then for the user to decide. Waits for a pending save first.
         """
         self.wait()
-        names = self._ranks.broadcast([path.name for path in self.steps().values()])
+        names = self._ranks.broadcast([path.name for path in self.moments().values()])
         problems = []
         for path in (self.directory / name for name in reversed(names)):
             findings = self._verify(path, deep=deep)
@@ -95,9 +95,17 @@ class Checkpoints:
         return None
 
     def save(
-        self, step: int, tensors: Sequence[ShardedTensor], *, state: Mapping[str, object], config_toml: str
+        self,
+        step: int,
+        tensors: Sequence[ShardedTensor],
+        *,
+        state: Mapping[str, object],
+        config_toml: str,
+        grown: bool = False,
     ) -> None:
         """Write the checkpoint of `step`, then remove those that retention no longer wants.
+
+        `grown`: the model grew after `step`; this checkpoint stands beside the one of `step` and is the newer.
 
         With `asynchronous`, returns when the tensors are copied to host memory (one copy, kept for the next time: a
         save first waits for the one before). Raises the error of that one, or its own, as CheckpointError on all ranks.
@@ -109,7 +117,7 @@ class Checkpoints:
             state = json.loads(to_json(dict(state)))
             if self.config.asynchronous:
                 tensors = self._copy_to_host(tensors)
-        work = partial(self._save, step, tensors, state=state, config_toml=config_toml, started=started)
+        work = partial(self._save, Moment(step, grown), tensors, state=state, config_toml=config_toml, started=started)
         if self.config.asynchronous:
             self._pending = self._writer.submit(work)
         else:
@@ -142,16 +150,16 @@ class Checkpoints:
 
     def _save(
         self,
-        step: int,
+        moment: Moment,
         tensors: Sequence[ShardedTensor],
         *,
         state: Mapping[str, object],
         config_toml: str,
         started: float,
     ) -> None:
-        path = self.directory / step_name(step)
+        path = self.directory / moment.name
         group = self._ranks.group
-        write_checkpoint(path, tensors, step=step, state=state, config_toml=config_toml, group=group)
+        write_checkpoint(path, tensors, step=moment.step, state=state, config_toml=config_toml, group=group)
         with self._ranks.together():
             if self.on_durable:
                 self.on_durable(path, time.monotonic() - started)
@@ -175,12 +183,13 @@ class Checkpoints:
 def expired(directory: Path, config: CheckpointConfig) -> list[Path]:
     """Checkpoints to remove: all that are older than the `keep` newest valid ones, but no pinned ones.
 
-    A damaged one does not count as one of the newest, so it never pushes out a good one.
+    A damaged one does not count as one of the newest, so it never pushes out a good one. A pinned step keeps both of
+    its checkpoints when the model grew after it.
     """
     valid = 0
     old = []
-    for step, path in reversed(list_steps(directory).items()):
-        pinned = config.keep_every_steps > 0 and step % config.keep_every_steps == 0
+    for moment, path in reversed(list_moments(directory).items()):
+        pinned = config.keep_every_steps > 0 and moment.step % config.keep_every_steps == 0
         if valid < config.keep:
             valid += not verify_checkpoint(path, deep=False)
         elif not pinned:

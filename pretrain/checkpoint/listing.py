@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.format import CONFIG, STATE
-from pretrain.checkpoint.steps import list_steps
+from pretrain.checkpoint.steps import Moment, list_moments
 from pretrain.checkpoint.verify import read_json, read_manifest, read_text, verify_checkpoint
 from pretrain.errors import CheckpointError
 
@@ -18,7 +18,7 @@ LS_HEADER = ("step", "tokens", "size", "created", "written by", "valid")
 class CheckpointRow:
     """One line of `pretrain ckpt ls`."""
 
-    step: int
+    moment: Moment
     tokens: int | None = None
     bytes: int | None = None
     created: str = ""
@@ -30,7 +30,7 @@ class CheckpointRow:
     def cells(self) -> tuple[str, ...]:
         """Texts in the order of LS_HEADER."""
         return (
-            str(self.step),
+            f"{self.moment.step} grown" if self.moment.grown else str(self.moment.step),
             "" if self.tokens is None else f"{self.tokens:,}",
             "" if self.bytes is None else f"{self.bytes / 2**20:,.1f} MiB",
             self.created,
@@ -41,7 +41,7 @@ class CheckpointRow:
 
 def list_checkpoints(run: Path, *, deep: bool = False) -> list[CheckpointRow]:
     """A row per checkpoint of a run directory, oldest first. Raises CheckpointError when there are none."""
-    return [_row(step, path, deep=deep) for step, path in _checkpoints(run).items()]
+    return [_row(moment, path, deep=deep) for moment, path in _checkpoints(run).items()]
 
 
 def verify_checkpoints(run: Path, *, deep: bool = True) -> dict[Path, list[str]]:
@@ -49,23 +49,23 @@ def verify_checkpoints(run: Path, *, deep: bool = True) -> dict[Path, list[str]]
     return {path: verify_checkpoint(path, deep=deep) for path in _checkpoints(run).values()}
 
 
-def _checkpoints(run: Path) -> dict[int, Path]:
-    steps = list_steps(run / "checkpoints")
-    if not steps:
+def _checkpoints(run: Path) -> dict[Moment, Path]:
+    found = list_moments(run / "checkpoints")
+    if not found:
         raise CheckpointError(f"{run}: holds no checkpoints (expected {run / 'checkpoints'}/step_*)")
-    return steps
+    return found
 
 
-def _row(step: int, path: Path, *, deep: bool) -> CheckpointRow:
+def _row(moment: Moment, path: Path, *, deep: bool) -> CheckpointRow:
     if findings := verify_checkpoint(path, deep=deep):
-        return CheckpointRow(step, problem=findings[0])
+        return CheckpointRow(moment, problem=findings[0])
     manifest = read_manifest(path)
     parallel = tomllib.loads(read_text(path, manifest, CONFIG).decode()).get("parallel", {})
     sizes = [f"{name} {size}" for name, size in parallel.items() if type(size) is int and size > 1]
     ranks = f"{manifest.world_size} rank{'s' if manifest.world_size > 1 else ''}"
     tokens = read_json(path, manifest, STATE).get("tokens")
     return CheckpointRow(
-        step,
+        moment,
         tokens=tokens if isinstance(tokens, int) else None,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         created=manifest.created,

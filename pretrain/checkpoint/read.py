@@ -1,11 +1,13 @@
-"""Loading a checkpoint into tensors of any layout: each rank reads the slices that fall into its boxes."""
+"""Reading a checkpoint: into tensors of any layout, of which each rank reads the slices that fall into its boxes, or
+piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,81 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.boxes import Box, lies_in
-from pretrain.checkpoint.format import CONFIG, DTYPE_NAMES, STATE, Index, StoredBox
+from pretrain.checkpoint.format import CONFIG, DTYPE_NAMES, DTYPES, STATE, Index, StoredBox
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.verify import read_index, read_json, read_manifest, read_text
 from pretrain.errors import CheckpointError
+
+# Shards that a reader keeps open, so that each box does not parse a header again. Each is a mapping of the whole file.
+MAX_OPEN_FILES = 64
+
+
+class CheckpointReader:
+    """Reads any box of any tensor of a checkpoint, in one process. A context manager: leaving it closes the files.
+
+    Opening checks manifest and index. The shards are not hashed: `verify_checkpoint` does. Every method raises
+    CheckpointError with the name of the checkpoint and of the file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        with _named(directory):
+            self.index = read_index(directory, read_manifest(directory))
+        # The one used last is at the end.
+        self._open: dict[str, safe_open] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._open:
+            self._close_oldest()
+
+    def tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Key -> element type and shape of every logical tensor."""
+        return {key: (DTYPES[tensor.dtype], tensor.shape) for key, tensor in self.index.tensors.items()}
+
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        """A copy of the part of tensor `key` of this shape that starts at `offset`."""
+        if key not in self.index.tensors:
+            raise CheckpointError(f"{self.directory}: {key} is not in the checkpoint")
+        stored, box = self.index.tensors[key], Box(tuple(offset), tuple(shape))
+        assert lies_in(box, stored.shape), (key, box, stored.shape)
+        data = torch.empty(box.shape, dtype=DTYPES[stored.dtype])
+        self.fill([(key, box, data)])
+        return data
+
+    def fill(self, parts: Iterable[tuple[str, Box, torch.Tensor]]) -> None:
+        """Copy into each tensor the given box of the given key, file by file, one slice in memory at a time.
+
+        The tensors may be on any device and of another element type, to which values are cast.
+        """
+        reads: dict[str, list[tuple[StoredBox, str, Box, torch.Tensor]]] = {}
+        for key, box, data in parts:
+            stored_as = self.index.tensors[key]
+            for stored in stored_as.boxes:
+                if stored.box.intersect(box):
+                    reads.setdefault(stored.file, []).append((stored, stored_as.dtype, box, data))
+        with _named(self.directory):
+            for name, wanted in reads.items():
+                try:
+                    for stored, dtype, box, data in wanted:
+                        _copy_common_part(self._shard(name), stored, dtype, box, data)
+                except (SafetensorError, OSError) as error:
+                    raise CheckpointError(f"{name}: {error}") from error
+
+    def _shard(self, name: str) -> safe_open:
+        file = self._open.pop(name, None) or safe_open(self.directory / name, framework="pt")
+        self._open[name] = file
+        if len(self._open) > MAX_OPEN_FILES:
+            self._close_oldest()
+        return file
+
+    def _close_oldest(self) -> None:
+        # safetensors knows no other way to close a file.
+        self._open.pop(next(iter(self._open))).__exit__(None, None, None)
 
 
 def read_checkpoint(
@@ -38,15 +111,14 @@ def read_checkpoint(
     """
     ranks = Ranks(group)
     with ranks.together():
-        with _named(directory):
-            index = read_index(directory, read_manifest(directory))
-        _check_fit(directory, index, tensors, convert=convert)
+        reader = CheckpointReader(directory)
+        _check_fit(directory, reader.index, tensors, convert=convert)
     wanted = ranks.gather(sorted({tensor.key for tensor in tensors}))
     with ranks.together():
         if ranks.rank == 0:
-            _check_all_wanted(directory, index, {key for keys in wanted for key in keys}, leave_out)
-    with ranks.together(), _named(directory):
-        _fill(directory, index, tensors)
+            _check_all_wanted(directory, reader.index, {key for keys in wanted for key in keys}, leave_out)
+    with ranks.together(), reader:
+        reader.fill((tensor.key, _box(tensor), tensor.data) for tensor in tensors)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -102,24 +174,15 @@ def _check_all_wanted(directory: Path, index: Index, wanted: set[str], leave_out
         )
 
 
-def _fill(directory: Path, index: Index, tensors: Iterable[ShardedTensor]) -> None:
-    """Copy every stored box's part of every tensor, file by file, one slice in memory at a time."""
-    reads: dict[str, list[tuple[StoredBox, Box, ShardedTensor]]] = {}
-    for tensor in tensors:
-        for stored in index.tensors[tensor.key].boxes:
-            if common := stored.box.intersect(_box(tensor)):
-                reads.setdefault(stored.file, []).append((stored, common, tensor))
-    for name, parts in reads.items():
-        try:
-            with safe_open(directory / name, framework="pt") as file, torch.no_grad():
-                for stored, common, tensor in parts:
-                    source = file.get_slice(stored.name)
-                    found = (source.get_dtype(), tuple(source.get_shape()))
-                    if found != (index.tensors[tensor.key].dtype, stored.shape):
-                        raise CheckpointError(f"{name}: {stored.name} is not what the index says")
-                    tensor.data[common.slices_in(_box(tensor))].copy_(source[common.slices_in(stored.box)])
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{name}: {error}") from error
+def _copy_common_part(file: safe_open, stored: StoredBox, dtype: str, box: Box, data: torch.Tensor) -> None:
+    """Copy what a stored box and `box` have in common from the file to `data`, which holds `box`."""
+    common = stored.box.intersect(box)
+    assert common
+    source = file.get_slice(stored.name)
+    if (source.get_dtype(), tuple(source.get_shape())) != (dtype, stored.shape):
+        raise CheckpointError(f"{stored.file}: {stored.name} is not what the index says")
+    with torch.no_grad():
+        data[common.slices_in(box)].copy_(source[common.slices_in(stored.box)])
 
 
 def _box(tensor: ShardedTensor) -> Box:

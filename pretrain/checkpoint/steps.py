@@ -1,9 +1,12 @@
 """The folder that holds a run's checkpoints: names, leftovers of crashes, and which checkpoints to remove.
 
 step_00000300             a checkpoint: complete, because it only gets this name by a rename
+step_00000300_grown       the newer one of the same step, when the model grew after it
 step_00000300.partial     being written
 step_00000300.displaced   the former checkpoint of this step, while another one takes its place
 step_00000300.removed     being deleted
+
+The last three exist for a grown one as well.
 """
 
 from __future__ import annotations
@@ -13,29 +16,39 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 PARTIAL, DISPLACED, REMOVED = ".partial", ".displaced", ".removed"
-_STEP = re.compile(r"step_(\d{8,16})")
+_NAME = re.compile(r"step_(\d{8,16})(_grown)?")
 _log = logging.getLogger(__name__)
 
 
-def step_name(step: int) -> str:
-    """Folder name of a step's checkpoint."""
-    return f"step_{step:08d}"
+class Moment(NamedTuple):
+    """When a checkpoint was taken. The later of two moments is the greater one."""
+
+    step: int
+    """Optimizer steps done."""
+    grown: bool = False
+    """Whether the model had grown after the last of these steps. A step may have both checkpoints, this one later."""
+
+    @property
+    def name(self) -> str:
+        """Folder name of the checkpoint."""
+        return f"step_{self.step:08d}{'_grown' if self.grown else ''}"
 
 
-def step_of(path: Path) -> int | None:
-    """Step in a checkpoint's folder name; None for any other name."""
-    match = _STEP.fullmatch(path.name)
-    return int(match[1]) if match else None
+def moment_of(path: Path) -> Moment | None:
+    """What a checkpoint's folder name says; None for any other name."""
+    match = _NAME.fullmatch(path.name)
+    return Moment(int(match[1]), grown=match[2] is not None) if match else None
 
 
-def list_steps(directory: Path) -> dict[int, Path]:
-    """Step -> folder of every checkpoint, valid or not, oldest first. Empty when `directory` does not exist."""
+def list_moments(directory: Path) -> dict[Moment, Path]:
+    """The folder of every checkpoint, valid or not, oldest first. Empty when `directory` does not exist."""
     if not directory.is_dir():
         return {}
-    found = ((step_of(path), path) for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
-    return dict(sorted((step, path) for step, path in found if step is not None))
+    found = ((moment_of(path), path) for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
+    return dict(sorted((moment, path) for moment, path in found if moment is not None))
 
 
 def put_in_place(partial: Path, directory: Path) -> None:
@@ -63,7 +76,7 @@ def remove(path: Path) -> None:
 def recover(directory: Path) -> None:
     """Clear away what crashed saves and deletions left; a displaced checkpoint without a successor returns."""
     for path in sorted(directory.iterdir()):
-        if step_of(path.with_suffix("")) is None:
+        if moment_of(path.with_suffix("")) is None:
             continue
         if path.suffix == DISPLACED and not path.with_suffix("").exists():
             _log.warning("%s was being replaced: putting it back", path)

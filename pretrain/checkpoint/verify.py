@@ -29,7 +29,7 @@ from pretrain.checkpoint.format import (
     StoredBox,
     manifest_digest,
 )
-from pretrain.checkpoint.steps import step_of
+from pretrain.checkpoint.steps import moment_of
 from pretrain.errors import CheckpointError
 
 
@@ -136,8 +136,8 @@ def _folder_findings(directory: Path, manifest: Manifest) -> list[str]:
     findings = [finding for name in manifest.files for finding in _file_findings(directory, manifest, name)]
     present = {path.name for path in directory.iterdir()}
     findings += [f"{name}: not in the manifest" for name in sorted(present - set(manifest.files) - {MANIFEST})]
-    step = step_of(directory)
-    if step is not None and step != manifest.step:
+    moment = moment_of(directory)
+    if moment and moment.step != manifest.step:
         findings.append(f"{MANIFEST}: step {manifest.step}, but the folder is {directory.name}")
     return findings
 

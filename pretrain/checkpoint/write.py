@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -43,8 +43,8 @@ from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.steps import PARTIAL, put_in_place
 from pretrain.errors import CheckpointError
 
-# A rank starts another file at this size: it bounds the host memory that a GPU's tensors pass through, and lets
-# several readers hash a rank's tensors at once.
+# A rank starts another file at this size: it bounds the host memory that tensors pass through on their way from a GPU
+# or out of `data_of`, and lets several readers hash a rank's tensors at once.
 MAX_FILE_BYTES = 1 << 30
 
 Files = dict[str, dict[str, ShardedTensor]]
@@ -58,13 +58,21 @@ def write_checkpoint(
     step: int,
     state: Mapping[str, object],
     config_toml: str,
+    data_of: Callable[[ShardedTensor], torch.Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint of all ranks' `tensors` to `directory`; it is durable and valid when this returns.
 
     Collective over `group` (see `Ranks`). Together, the ranks' main replicas (replica_id all zero) must cover each
     key exactly once. `state` is rank 0's: JSON values only. A checkpoint that `directory` holds already is
-    replaced, whole. Raises the same CheckpointError on all ranks when one of them cannot write; nothing is
+    replaced, whole.
+
+    With `data_of`, the data of `tensors` says only shape and type, and may be on the meta device: what is written is
+    what `data_of` gives for each main replica, asked for when its file's turn comes and dropped when that is written.
+    So a rank holds one file's tensors at a time: MAX_FILE_BYTES, or a single tensor that is larger. It is called once
+    per tensor, in the order given, on ranks by themselves: it must not be collective.
+
+    Raises the same CheckpointError on all ranks when one of them cannot write; nothing is
     left behind then, and what was in `directory` before still is.
     """
     ranks = Ranks(group)
@@ -82,7 +90,7 @@ def write_checkpoint(
             if ranks.rank == 0:
                 _prepare(partial, need=need)
         with ranks.together(), _disk_errors(partial, need=need):
-            written = {name: _write_shard(partial / name, content) for name, content in files.items()}
+            written = {name: _write_shard(partial / name, content, data_of) for name, content in files.items()}
         entries = ranks.gather({name: entry.model_dump() for name, entry in written.items()})
         with ranks.together(), _disk_errors(partial, need=need):
             if ranks.rank == 0:
@@ -165,13 +173,19 @@ def _prepare(partial: Path, *, need: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_shard(path: Path, content: dict[str, ShardedTensor]) -> FileEntry:
+def _write_shard(
+    path: Path, content: dict[str, ShardedTensor], data_of: Callable[[ShardedTensor], torch.Tensor] | None
+) -> FileEntry:
     on_host: dict[str, torch.Tensor] = {}
     addresses: set[int] = set()
     for name, tensor in content.items():
+        given = data_of(tensor) if data_of else tensor.data
+        if (given.shape, given.dtype) != (tensor.data.shape, tensor.data.dtype):
+            expected = f"{tensor.data.dtype} {list(tensor.data.shape)}"
+            raise ValueError(f"{name}: expected {expected}, was given {given.dtype} {list(given.shape)}")
         # Copies only what is on a GPU or not contiguous; safetensors writes the rest from where it is. It refuses
         # memory that it has seen, which two keys of one tensor share (in fp32, a weight and its master).
-        data = tensor.data.detach().cpu().contiguous()
+        data = given.detach().cpu().contiguous()
         on_host[name] = data.clone() if data.data_ptr() in addresses else data
         addresses.add(data.data_ptr())
     save_file(on_host, path)

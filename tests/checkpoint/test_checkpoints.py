@@ -16,6 +16,7 @@ import pretrain.checkpoint.write as write_module
 from pretrain.checkpoint import (
     LS_HEADER,
     Checkpoints,
+    Moment,
     list_checkpoints,
     read_checkpoint,
     read_state,
@@ -39,13 +40,16 @@ def open_checkpoints(folder: Path, **config) -> tuple[Checkpoints, list]:
     return checkpoints, events
 
 
-def save(checkpoints: Checkpoints, *steps: int) -> None:
+def save(checkpoints: Checkpoints, *steps: int, grown: bool = False) -> None:
     for step in steps:
-        checkpoints.save(step, whole(bits(step)), state={"step": step}, config_toml=CONFIG)
+        state = {"step": step, "grown": grown}
+        checkpoints.save(step, whole(bits(step + 100 * grown)), state=state, config_toml=CONFIG, grown=grown)
 
 
-def names(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.iterdir())
+def names(folder: Path) -> list[int | str]:
+    """Steps, and `3_grown` and the like, in the order of names."""
+    texts = [path.name.removeprefix("step_").lstrip("0") for path in sorted(folder.iterdir())]
+    return [int(text) if text.isdecimal() else text for text in texts]
 
 
 def flip_last_bit(path: Path) -> None:
@@ -63,7 +67,27 @@ def test_newest_by_step_not_by_time(tmp_path):
     save(checkpoints, 9, 100, 20)
     os.utime(tmp_path / "step_00000009", (2e9, 2e9))
     assert checkpoints.latest_valid() == tmp_path / "step_00000100"
-    assert list(checkpoints.steps()) == [9, 20, 100]
+    assert list(checkpoints.moments()) == [Moment(9), Moment(20), Moment(100)]
+
+
+def test_the_grown_one_is_the_newer_of_a_step(tmp_path):
+    checkpoints, events = open_checkpoints(tmp_path, keep=9)
+    save(checkpoints, 3, grown=True)
+    save(checkpoints, 2, 3)
+    assert list(checkpoints.moments()) == [Moment(2), Moment(3), Moment(3, grown=True)]
+    newest = checkpoints.latest_valid()
+    assert newest == tmp_path / "step_00000003_grown"
+    target = empty()
+    read_checkpoint(newest, whole(target))
+    assert all(same_bits(target[key], tensor) for key, tensor in bits(103).items())
+    # Without it, the run goes back to the model before the growth; the next step is newer than both.
+    flip_last_bit(newest / "shard_00000_000.safetensors")
+    assert checkpoints.latest_valid() == tmp_path / "step_00000003"
+    assert [event[:2] for event in events if event[0] == "damaged"] == [("damaged", "step_00000003_grown")]
+    save(checkpoints, 3, grown=True)
+    assert checkpoints.latest_valid() == newest
+    save(checkpoints, 4)
+    assert checkpoints.latest_valid() == tmp_path / "step_00000004"
 
 
 def test_a_damaged_one_is_named_and_passed_over(tmp_path, caplog):
@@ -102,11 +126,11 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path):
 def test_other_names_are_no_checkpoints(tmp_path):
     checkpoints, _ = open_checkpoints(tmp_path)
     save(checkpoints, 1)
-    for name in ("step_9", "step_00000002.bak", "best", "latest"):
+    for name in ("step_9", "step_00000002.bak", "step_00000002_grew", "best", "latest"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000003").write_text("a file")
     (tmp_path / "step_00000004").symlink_to("step_00000001")
-    assert list(checkpoints.steps()) == [1]
+    assert list(checkpoints.moments()) == [Moment(1)]
 
 
 # Retention ----------------------------------------------------------------------------------------------------
@@ -116,7 +140,22 @@ def test_newest_and_pinned_are_kept(tmp_path):
     checkpoints, _ = open_checkpoints(tmp_path, keep=2, keep_every_steps=20)
     save(checkpoints, *range(5, 61, 5))
     assert names(tmp_path) == [20, 40, 55, 60]
-    assert all(read_state(path)["step"] == step for step, path in checkpoints.steps().items())
+    assert all(read_state(path)["step"] == moment.step for moment, path in checkpoints.moments().items())
+
+
+def test_both_of_a_step_count_and_both_are_pinned(tmp_path):
+    checkpoints, _ = open_checkpoints(tmp_path, keep=2, keep_every_steps=20)
+    save(checkpoints, 15)
+    save(checkpoints, 15, grown=True)
+    assert names(tmp_path) == [15, "15_grown"]
+    save(checkpoints, 20)
+    assert names(tmp_path) == ["15_grown", 20]
+    save(checkpoints, 20, grown=True)
+    save(checkpoints, 25, 30)
+    assert names(tmp_path) == [20, "20_grown", 25, 30]
+    one, _ = open_checkpoints(tmp_path, keep=1)
+    save(one, 30, grown=True)
+    assert names(tmp_path) == ["30_grown"]
 
 
 def test_a_damaged_one_pushes_out_no_good_one(tmp_path):
@@ -192,7 +231,7 @@ def test_background_save_is_durable_only_when_it_is(tmp_path, monkeypatch):
     state["rng"].append(3)
     assert gate.reached.wait(60)
     assert events == []
-    assert checkpoints.steps() == {}
+    assert checkpoints.moments() == {}
     assert names_with_suffix(tmp_path) == {".partial"}
     gate.opened.set()
     checkpoints.wait()
@@ -334,6 +373,14 @@ def test_listing(tmp_path):
     findings = verify_checkpoints(tmp_path)
     assert [path.name for path in findings] == ["step_00000001", "step_00000002", "step_00000003"]
     assert [len(found) for found in findings.values()] == [0, 1, 1]
+
+
+def test_listing_marks_the_grown_one(tmp_path):
+    checkpoints, _ = open_checkpoints(tmp_path / "checkpoints", keep=9)
+    save(checkpoints, 1)
+    save(checkpoints, 1, grown=True)
+    assert [row.cells()[0] for row in list_checkpoints(tmp_path)] == ["1", "1 grown"]
+    assert [path.name for path in verify_checkpoints(tmp_path)] == ["step_00000001", "step_00000001_grown"]
 
 
 def test_listing_a_run_without_checkpoints(tmp_path):

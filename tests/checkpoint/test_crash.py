@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import pretrain.checkpoint.write as write_module
-from pretrain.checkpoint import Checkpoints, read_checkpoint, read_state, verify_checkpoint
+from pretrain.checkpoint import Checkpoints, Moment, read_checkpoint, read_state, verify_checkpoint
 from pretrain.config.schema import CheckpointConfig
 from pretrain.errors import CheckpointError
 from tests.checkpoint.samples import CONFIG, bits, empty, same_bits, whole
@@ -30,11 +30,17 @@ OPERATIONS = [
 ]
 
 
-def save(folder: Path, step: int, *, keep: int = 1, asynchronous: bool = False) -> None:
-    """Save `bits(step)` as checkpoint `step` the way a run does, retention included."""
+def save(folder: Path, moment: Moment, *, keep: int = 1, asynchronous: bool = False) -> None:
+    """Save `bits(seed_of(moment))` as the checkpoint of `moment` the way a run does, retention included."""
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=keep, asynchronous=asynchronous))
-    checkpoints.save(step, whole(bits(step)), state={"step": step}, config_toml=CONFIG)
+    step, grown = moment
+    seed = seed_of(moment)
+    checkpoints.save(step, whole(bits(seed)), state={"seed": seed}, config_toml=CONFIG, grown=grown)
     checkpoints.wait()
+
+
+def seed_of(moment: Moment) -> int:
+    return moment.step + 100 * moment.grown
 
 
 def interrupt_at(count: int) -> list[str]:
@@ -61,59 +67,61 @@ def interrupt_at(count: int) -> list[str]:
     return seen
 
 
-def kill_in_child(folder: Path, step: int, count: int, asynchronous: bool) -> bool:
-    """Fork, save `step`, die before operation `count`. Whether the child was killed rather than done."""
+def kill_in_child(folder: Path, moment: Moment, count: int, asynchronous: bool) -> bool:
+    """Fork, save, die before operation `count`. Whether the child was killed rather than done."""
     child = os.fork()
     if child == 0:
         interrupt_at(count)
-        save(folder, step, asynchronous=asynchronous)
+        save(folder, moment, asynchronous=asynchronous)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
 
 
-def sweep(folder: Path, step: int, asynchronous: bool) -> None:
-    """Kill the save of `step` after that of step 1 at every operation in turn; print how many there were."""
-    save(folder, 1)
+def sweep(folder: Path, moment: Moment, asynchronous: bool) -> None:
+    """Kill the save of `moment` after that of step 1 at every operation in turn; print how many there were."""
+    save(folder, Moment(1))
     original = folder.with_name(f"{folder.name}_original")
     shutil.copytree(folder, original)
     count = 0
     while True:
         shutil.rmtree(folder)
         shutil.copytree(original, folder)
-        if not kill_in_child(folder, step, count, asynchronous):
+        if not kill_in_child(folder, moment, count, asynchronous):
             break
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=1))
-        assert all(verify_checkpoint(path) == [] for path in checkpoints.steps().values())
+        assert all(verify_checkpoint(path) == [] for path in checkpoints.moments().values())
         path = checkpoints.latest_valid()
         assert path is not None
-        found = read_state(path)["step"]
+        found = read_state(path)["seed"]
         # Old or new, never a mix; with no leftovers once a run has started.
-        assert found in (1, step)
+        assert found in (1, seed_of(moment))
         target = empty()
         read_checkpoint(path, whole(target))
         assert all(same_bits(target[key], tensor) for key, tensor in bits(found).items())
-        assert {entry.name for entry in folder.iterdir()} <= {"step_00000001", f"step_{step:08d}"}
-        save(folder, 3)
+        assert {entry.name for entry in folder.iterdir()} <= {"step_00000001", moment.name}
+        save(folder, Moment(3))
         assert [entry.name for entry in folder.iterdir()] == ["step_00000003"]
         assert verify_checkpoint(folder / "step_00000003") == []
         count += 1
-    assert read_state(Checkpoints(folder, CheckpointConfig()).latest_valid())["step"] == step
+    assert read_state(Checkpoints(folder, CheckpointConfig()).latest_valid())["seed"] == seed_of(moment)
     print(count)
 
 
 def test_kill_at_every_operation_of_a_save(tmp_path):
-    """Step 2 comes after step 1 and retention removes that; step 1 takes its own former place."""
+    """Step 2, or the model grown after step 1, comes after step 1 and retention removes that; step 1 takes its own
+    former place."""
     # In a process of its own: the test process must neither fork with threads running nor keep the hooks.
     code = (
-        "from pathlib import Path; from tests.checkpoint.test_crash import sweep\n"
-        f"for i, case in enumerate([(2, False), (2, True), (1, False)]): sweep(Path({str(tmp_path)!r}) / str(i), *case)"
+        "from pathlib import Path; from tests.checkpoint.test_crash import Moment, sweep\n"
+        "cases = [(Moment(2), False), (Moment(2), True), (Moment(1), False), (Moment(1, grown=True), False)]\n"
+        f"for i, case in enumerate(cases): sweep(Path({str(tmp_path)!r}) / str(i), *case)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # 5 files and 3 times a folder are brought to the disk, 4 texts and a shard written, ...
     counts = [int(line) for line in done.stdout.split()]
-    assert len(counts) == 3
+    assert len(counts) == 4
     assert min(counts) >= 20
 
 
@@ -143,15 +151,19 @@ def test_everything_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_every_kind_are_cleared(tmp_path):
-    save(tmp_path, 1, keep=2)
-    save(tmp_path, 2, keep=2)
-    for name in ("step_00000003.partial", "step_00000001.removed", "step_00000002.displaced"):
+    for moment in (Moment(1), Moment(2), Moment(2, grown=True)):
+        save(tmp_path, moment, keep=3)
+    for name in ("step_00000003", "step_00000003_grown"):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / f"{name}.partial")
+    for name in ("step_00000001.removed", "step_00000001_grown.removed", "step_00000002.displaced"):
         shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
-    (tmp_path / "step_00000001").rename(tmp_path / "step_00000001.displaced")
+    for name in ("step_00000001", "step_00000002_grown"):
+        (tmp_path / name).rename(tmp_path / f"{name}.displaced")
     (tmp_path / "notes.partial").mkdir()
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.partial", "step_00000001", "step_00000002"]
-    assert checkpoints.latest_valid() == tmp_path / "step_00000002"
+    found = ["notes.partial", "step_00000001", "step_00000002", "step_00000002_grown"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == found
+    assert checkpoints.latest_valid() == tmp_path / "step_00000002_grown"
     assert verify_checkpoint(tmp_path / "step_00000001") == []
 
 
@@ -170,7 +182,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("known_beforehand", [True, False])
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_disk_full(small_disk, monkeypatch, known_beforehand, asynchronous):
-    save(small_disk, 1)
+    save(small_disk, Moment(1))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(256 * 1024 - 16 * 4096))
     if not known_beforehand:
@@ -199,7 +211,7 @@ def test_disk_full(small_disk, monkeypatch, known_beforehand, asynchronous):
 
 
 def test_read_only_file_system(small_disk):
-    save(small_disk, 1)
+    save(small_disk, Moment(1))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(CheckpointError, match=r"cannot keep checkpoints here: Read-only file system"):
         Checkpoints(small_disk, CheckpointConfig())

@@ -98,6 +98,10 @@ def test_damaged_files(checkpoint, name):
 def test_folder_renamed_to_another_step(checkpoint):
     renamed = checkpoint.rename(checkpoint.with_name("step_00000004"))
     assert verify_checkpoint(renamed) == ["manifest.json: step 3, but the folder is step_00000004"]
+    renamed = renamed.rename(renamed.with_name("step_00000004_grown"))
+    assert verify_checkpoint(renamed) == ["manifest.json: step 3, but the folder is step_00000004_grown"]
+    renamed = renamed.rename(renamed.with_name("step_00000003_grown"))
+    assert verify_checkpoint(renamed) == []
     # Under a name of the user's own it is as good as before.
     assert verify_checkpoint(renamed.rename(checkpoint.with_name("best"))) == []
 
