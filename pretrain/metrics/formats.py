@@ -17,7 +17,7 @@ def count(value: float, _: object = None) -> str:
 
 def flop_count(value: float, _: object = None) -> str:
     """140P, 3Z: decimal prefixes, as FLOP counts are written"""
-    return _scaled(value, ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")))
+    return _scaled(value, ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")))
 
 
 def duration(seconds: float) -> str:

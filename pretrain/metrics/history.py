@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.errors import RunDirectoryError
+from pretrain.metrics.events import events_in_force
 from pretrain.metrics.jsonl import read_jsonl
 from pretrain.metrics.recorder import EVENTS_FILE, METRICS_FILE
 
@@ -35,15 +36,8 @@ class History:
     manifest: dict[str, Any]
 
     def events_in_force(self, name: str) -> list[dict[str, Any]]:
-        """Events of this name that no restart took back: a `restart` to step 40 undoes those of steps 41 and on that
-        were written before it."""
-        kept: list[dict[str, Any]] = []
-        for event in self.events:
-            if event["event"] == "restart":
-                kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
-            if event["event"] == name:
-                kept.append(event)
-        return kept
+        """Events of this name that no restart took back, see `events.events_in_force`."""
+        return events_in_force(self.events, name)
 
     def last_event(self, name: str) -> dict[str, Any] | None:
         """The newest event of this name."""
@@ -64,9 +58,10 @@ def series(rows: Sequence[dict[str, Any]], key: str) -> Series:
     return np.array([_number(row, key) for row in rows], dtype=np.float64)
 
 
-def layered(rows: Sequence[dict[str, Any]], key: str) -> Series:
-    """[L, rows] a per-layer list of every row, NaN where a row has fewer layers (it was written before a growth)."""
-    lists = [row.get("moe", {}).get(key) or [] for row in rows]
+def listed(rows: Sequence[dict[str, Any]], key: str) -> Series:
+    """[entries, rows] a list of every row, NaN where a row's is shorter (it was written before a growth, with fewer
+    layers for example); `a.b` reaches into a nested table."""
+    lists = [_value(row, key) or [] for row in rows]
     table = np.full((max(map(len, lists), default=0), len(rows)), np.nan)
     for column, values in enumerate(lists):
         table[: len(values), column] = [np.nan if value is None else value for value in values]
@@ -107,7 +102,12 @@ def _read(directory: Path, name: str) -> History:
 
 
 def _number(row: dict[str, Any], key: str) -> float:
+    value = _value(row, key)
+    return float("nan") if value is None else float(value)
+
+
+def _value(row: dict[str, Any], key: str) -> Any:
     value: Any = row
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    return float("nan") if value is None else float(value)
+    return value

@@ -22,7 +22,7 @@ from pretrain.metrics.drawing import (
     smooth,
     title,
 )
-from pretrain.metrics.history import History, layered, series
+from pretrain.metrics.history import History, listed, series
 
 # Rows averaged for the load of each expert at the end of a run.
 LAST_ROWS = 20
@@ -83,7 +83,7 @@ def _curves(ax: Axes, histories: Sequence[tuple[History, str]], key: str) -> Non
 
 def _fullest_over_time(figure: Figure, ax: Axes, history: History) -> None:
     rows = [row for row in history.train if "moe" in row]
-    steps, fullest = series(rows, "step"), 1 + layered(rows, "max_violation")
+    steps, fullest = series(rows, "step"), 1 + listed(rows, "moe.max_violation")
     # Each cell reaches from the row before to its own step.
     edges = np.concatenate([[0.0], steps])
     top = max(2.0, float(np.nanmax(fullest)))

@@ -29,7 +29,7 @@ from pretrain.metrics.drawing import (
     title,
 )
 from pretrain.metrics.formats import count
-from pretrain.metrics.history import History, series
+from pretrain.metrics.history import History, listed, series
 
 
 class Scale(NamedTuple):
@@ -104,15 +104,17 @@ def draw_throughput(histories: Sequence[History]) -> Figure:
 def draw_lr_and_grad_norm(histories: Sequence[History]) -> Figure:
     """Learning rate, and gradient norm before clipping (logarithmic)."""
     figure, axes = new_figure(2, 1, width=9.5, height=6.4, sharex=True)
+    alone = len(histories) == 1
     for index, history in enumerate(histories):
         colour = colour_of(index)
         steps, norms = series(history.train, "step"), series(history.train, "grad_norm")
-        axes[0].plot(steps, series(history.train, "lr"), color=colour, label=history.name)
+        _lr_lines(axes[0], history, colour=colour, alone=alone)
         axes[1].plot(steps, norms, color=colour, alpha=0.25, linewidth=0.8)
         logs = np.log(norms, out=np.full(len(norms), np.nan), where=norms > 0)
         axes[1].plot(steps, np.exp(smooth(logs, breaks=growth_breaks(history))), color=colour)
-        mark_growth(axes, history, colour=MUTED if len(histories) == 1 else colour_of(index))
-    title(axes[0], "Learning rate")
+        mark_growth(axes, history, colour=MUTED if alone else colour)
+    dotted = not alone and any("lr_new" in row for history in histories for row in history.train)
+    title(axes[0], f"Learning rate{' (dotted: of entries that a growth brought in)' if dotted else ''}")
     axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     title(axes[1], "Gradient norm before clipping (thin: each step, thick: running geometric mean)")
@@ -125,6 +127,19 @@ def draw_lr_and_grad_norm(histories: Sequence[History]) -> Figure:
     if len(histories) > 1:
         legend_below(figure, axes[0])
     return figure
+
+
+def _lr_lines(ax: Axes, history: History, *, colour: str, alone: bool) -> None:
+    """The learning rate, and those of the entries that each growth brought in, where they have their own."""
+    steps, new = series(history.train, "step"), listed(history.train, "lr_new")
+    ax.plot(steps, series(history.train, "lr"), color=colour, label="entries from the start" if alone else history.name)
+    for index, values in enumerate(new):
+        if alone:
+            ax.plot(steps, values, color=colour_of(index + 1), label=f"entries that growth {index + 1} brought in")
+        else:
+            ax.plot(steps, values, color=colour, linestyle=":")
+    if alone and len(new):
+        ax.legend(frameon=False)
 
 
 def _scale(histories: Sequence[History]) -> Scale:
@@ -178,8 +193,10 @@ def _event_marks(ax: Axes, history: History, *, x: XAxis, colour: str, bottom: f
     for event in history.events_in_force("growth"):
         where = float(np.interp(event["step"], steps, at))
         ax.axvline(where, color=colour, **GROWTH_LINE)
-        text = event.get("summary", "growth")
-        _note(ax, text, (where, 0.98), offset=(-3, 0), colour=colour, ha="right", va="top", rotation=90, share_y=True)
+        # Left of its line, but for one so early that the words would leave the panel.
+        offset, side = (-3, "right") if where > 0.05 * at[-1] else (3, "left")
+        options = {"ha": side, "va": "top", "rotation": 90}
+        _note(ax, event["summary"], (where, 0.98), offset=(offset, 0), colour=colour, share_y=True, **options)
     for word, height, marker, events in (
         ("restart", 6, "^", history.restarts),
         ("skipped", 20 if history.restarts else 6, "x", history.events_in_force("skip")),  # clear of the other word

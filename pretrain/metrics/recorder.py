@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.schema import MetricsConfig
-from pretrain.metrics.jsonl import JsonlWriter
+from pretrain.metrics.events import events_in_force
+from pretrain.metrics.jsonl import JsonlWriter, read_jsonl
 from pretrain.metrics.progress import ProgressLine
 from pretrain.metrics.rows import TrainRow, ValidRow
 from pretrain.metrics.tracker import WandbTracker
@@ -77,6 +78,11 @@ class Recorder:
     def event(self, event: str, *, step: int, **fields: Any) -> None:
         """Something happened after `step` steps: start, restart, skip, save, growth, baselines, stop, goodput."""
         self._events.write({"event": event, "time": round(time.time(), 3), "step": step, **fields})
+
+    def has_event(self, event: str, *, step: int) -> bool:
+        """Whether the file holds an event of this name and step that is in force, also one of an earlier process. A run
+        that went on from a checkpoint has to have written its `restart` before it asks."""
+        return any(found["step"] == step for found in events_in_force(read_jsonl(self._events.path), event))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: `tracker_id`."""

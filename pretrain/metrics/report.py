@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -46,11 +47,17 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def summary(run_dirs: Sequence[Path]) -> str:
-    """The table of the report as aligned lines, a figure a line and a run a column. Raises as `write_report`."""
-    lines = _table(read_histories(run_dirs))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """The tables of the report as aligned lines: a figure a line and a run a column; then a growth a line, if any.
+    Raises as `write_report`."""
+    histories = read_histories(run_dirs)
+    growths = _growth_table(histories, GROWTH_SUMMARY)
+    return "\n\n".join(_aligned(table) for table in (_table(histories), growths) if table)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
     )
 
 
@@ -61,18 +68,23 @@ def _default_folder(run_dirs: Sequence[Path]) -> Path:
 
 
 def _markdown(histories: Sequence[History], pictures: Sequence[str]) -> str:
-    head, *lines = _table(histories)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
-    body = "\n\n".join(f"![{Path(name).stem}]({name})" for name in pictures)
-    return f"# {', '.join(history.name for history in histories)}\n\n{table}\n\n{NOTES}\n{body}\n"
+    tables = [
+        _markdown_table(table) for table in (_table(histories), _growth_table(histories, list(GROWTH_FIELDS))) if table
+    ]
+    images = [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n\n".join([f"# {', '.join(history.name for history in histories)}", *tables, NOTES, *images]) + "\n"
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+    head, *lines = table
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 NOTES = """\
 Losses are mean cross entropies in nats per token; bits per byte do not depend on the tokenizer. In the picture of the
 loss, training curves in bits per byte use the tokens per byte of the validation text, and are approximate. FLOPs are
 those of the model, forward and backward, without recomputation. Goodput is the time in training steps that were kept
-over the wall time of the run, restarts included.
-"""
+over the wall time of the run, restarts included."""
 
 
 def _final_loss(history: History) -> str:
@@ -101,6 +113,9 @@ def _baseline(history: History) -> str:
 
 
 def _parameters(history: History) -> str:
+    """Of the model as it is now."""
+    if growths := history.events_in_force("growth"):
+        return f"{count(growths[-1]['parameters_after'])} / {count(growths[-1]['active_after'])}"
     parameters = history.manifest.get("parameters", {})
     if "total" not in parameters:
         return NONE
@@ -150,3 +165,43 @@ def _table(histories: Sequence[History]) -> list[list[str]]:
     """Lines of cells: the names of the runs, then a figure a line."""
     names = ["", *(history.name for history in histories)]
     return [names, *([field, *map(figure, histories)] for field, figure in FIELDS.items())]
+
+
+GROWTH_FIELDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "grown after step": lambda event: f"{event['step']:,}",
+    "what grew": lambda event: str(event["summary"]),
+    "parameters": lambda event: _change(event, "parameters", count),
+    "active": lambda event: _change(event, "active", count),
+    "FLOPs/token": lambda event: _change(event, "flops_per_token", flop_count),
+    "validation loss": lambda event: _change(event, "valid_loss", "{:.3f}".format),
+    "logits changed by": lambda event: _given(event, "logits_change", "{:.1%}".format),
+    "seconds": lambda event: f"{event['seconds']:.1f}",
+    "optimizer kept": lambda event: str(event["state"]),
+}
+
+
+# What fits a terminal.
+GROWTH_SUMMARY = ("grown after step", "what grew", "parameters", "validation loss", "seconds")
+
+
+def _growth_table(histories: Sequence[History], fields: Sequence[str]) -> list[list[str]]:
+    """Lines of cells: a head, then each growth in force of each run; empty when no run has grown."""
+    names = [history.name for history in histories for _ in history.events_in_force("growth")]
+    events = [event for history in histories for event in history.events_in_force("growth")]
+    if not events:
+        return []
+    table = [list(fields), *([GROWTH_FIELDS[field](event) for field in fields] for event in events)]
+    if len(histories) == 1:
+        return table
+    return [[name, *line] for name, line in zip(["run", *names], table, strict=True)]
+
+
+def _change(event: dict[str, Any], key: str, text: Callable[[float], str]) -> str:
+    before, after = _given(event, f"{key}_before", text), _given(event, f"{key}_after", text)
+    return NONE if before == after == NONE else f"{before} -> {after}"
+
+
+def _given(event: dict[str, Any], key: str, text: Callable[[float], str]) -> str:
+    """A figure that was not taken (without validation data) or is not finite has a dash."""
+    value = event.get(key)
+    return NONE if value is None else text(value)

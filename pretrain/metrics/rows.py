@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +22,8 @@ class TrainRow:
     """Mean cross entropy over the global batch, nats per token, without auxiliary losses."""
     lr: float
     """Learning rate of this step (of the AdamW group)."""
+    lr_new: Sequence[float] = ()
+    """The same of the entries that growth 1, 2, ... of the run brought in."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping; null when it is not finite."""
     skipped: bool = False
@@ -69,5 +71,9 @@ class ValidRow:
 
 def _row(kind: str, row: TrainRow | ValidRow) -> dict[str, Any]:
     values = {entry.name: getattr(row, entry.name) for entry in fields(row)}
-    present = {name: value for name, value in values.items() if value is not None and value != {}}
+    present = {name: value for name, value in values.items() if not _is_empty(value)}
     return {"kind": kind, "time": round(time.time(), 3), **present}
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, Mapping | Sequence) and not value)

@@ -3,17 +3,19 @@
 import dataclasses
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pretrain.metrics
 from pretrain.config.schema import MetricsConfig
+from pretrain.metrics import events
 from pretrain.metrics.history import read_histories
 from pretrain.metrics.jsonl import read_jsonl
 from pretrain.metrics.moe import BalanceWindow
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.rows import TrainRow, ValidRow
-from tests.metrics.synthetic import train_row, valid_row
+from tests.metrics.synthetic import GROWTH, train_row, valid_row
 
 
 def test_restart_replaces_rows_and_keeps_events(tmp_path):
@@ -53,15 +55,48 @@ def test_restart_replaces_rows_and_keeps_events(tmp_path):
 def test_empty_fields_are_left_out_and_null_ones_are_not(tmp_path):
     recorder = Recorder(tmp_path, metrics=MetricsConfig(), config={}, total_steps=20)
     recorder.train(train_row(1, grad_norm=float("inf"), skipped=True))
-    recorder.train(train_row(2, mfu=0.4, aux_losses={"z": 0.1}))
+    recorder.train(train_row(2, mfu=0.4, aux_losses={"z": 0.1}, lr_new=[1e-3, 0.0]))
     recorder.close()
     first, second = read_jsonl(tmp_path / "metrics.jsonl")
     assert first["kind"] == "train"
     assert first["grad_norm"] is None
     assert first["skipped"] is True
-    assert {"mfu", "moe", "aux_losses"}.isdisjoint(first)
+    assert {"mfu", "moe", "aux_losses", "lr_new"}.isdisjoint(first)
     assert second["mfu"] == 0.4
     assert second["aux_losses"] == {"z": 0.1}
+    assert second["lr_new"] == [1e-3, 0.0]
+
+
+def growths_after_kill(directory: Path, *, written: bool, checkpoint: str) -> list[int]:
+    """A run grows at step 8, is killed before or after the event is written, and goes on from `checkpoint`. When that
+    is the grown one, it writes the event if none holds; else it grows again. Steps of the growths in force."""
+    directory.mkdir()
+    options = {"metrics": MetricsConfig(), "config": {}, "total_steps": 20}
+    first = Recorder(directory, **options)
+    first.event("growth", step=4, **GROWTH)
+    if written:
+        first.event("growth", step=8, **GROWTH)
+    first.close()
+    for _ in range(2):  # and a second time, killed at once
+        again = Recorder(directory, **options, restored_step=8)
+        again.event("restart", step=8, checkpoint=checkpoint)
+        assert again.has_event("growth", step=4)
+        assert not again.has_event("growth", step=5)
+        if not checkpoint.endswith("_grown") or not again.has_event("growth", step=8):
+            again.event("growth", step=8, **GROWTH)
+        assert again.has_event("growth", step=8)
+        again.close()
+    (directory / "metrics.jsonl").write_text('{"kind":"train","step":1}\n')
+    return [event["step"] for event in read_histories([directory])[0].events_in_force("growth")]
+
+
+def test_a_growth_is_written_once_however_it_was_killed(tmp_path, monkeypatch):
+    cases = list(product((True, False), ("step_00000008_grown", "step_00000008")))
+    for index, (written, checkpoint) in enumerate(cases):
+        assert growths_after_kill(tmp_path / str(index), written=written, checkpoint=checkpoint) == [4, 8]
+    # Negative control: by the step alone, the growth that comes again after the checkpoint before it counts twice.
+    monkeypatch.setattr(events, "_survives", lambda event, restart: event["step"] <= restart["step"])
+    assert growths_after_kill(tmp_path / "control", written=True, checkpoint="step_00000008") == [4, 8, 8, 8]
 
 
 def test_tracker_gets_the_same_rows_and_its_run_goes_on(tmp_path, monkeypatch):
@@ -105,10 +140,11 @@ def test_tracker_gets_the_same_rows_and_its_run_goes_on(tmp_path, monkeypatch):
 
 def test_every_field_is_in_the_readme():
     readme = (Path(pretrain.metrics.__file__).parent / "README.md").read_text()
-    documented = set(re.findall(r"^\| `(\w+)` \|", readme, flags=re.MULTILINE))
+    names = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", readme, flags=re.MULTILINE)
+    documented = {name.strip("`") for cell in names for name in cell.split(", ")}
     counts = [[1, 2], [3, 4]]
     moe = BalanceWindow().add(counts, bias=counts)
     fields = {field.name for row in (TrainRow, ValidRow) for field in dataclasses.fields(row)}
-    written = fields | moe.keys() | {"kind", "time"}
+    written = fields | moe.keys() | {"kind", "time"} | GROWTH.keys()
     assert written - documented == set()
     assert documented - written <= {"goodput", "wall_seconds", "seconds"}  # of an event

@@ -6,11 +6,11 @@ import pytest
 from pretrain.config.schema import MetricsConfig
 from pretrain.errors import RunDirectoryError
 from pretrain.metrics.drawing import growth_breaks, smooth
-from pretrain.metrics.history import layered, read_histories, series
-from pretrain.metrics.plots import draw_loss
+from pretrain.metrics.history import listed, read_histories, series
+from pretrain.metrics.plots import draw_loss, draw_lr_and_grad_norm
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.report import summary, write_report
-from tests.metrics.synthetic import train_row, write_run
+from tests.metrics.synthetic import GROWTH, train_row, write_run
 
 
 def texts(figure):
@@ -31,10 +31,77 @@ def test_report_of_one_grown_run(tmp_path):
         if name.endswith(".png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     table = (folder / "report.md").read_text()
-    assert "| parameters, total / active | 12.3M / 4.56M |" in table
+    assert "| parameters, total / active | 23.4M / 8.12M |" in table
+    assert (
+        "| 20 | 2 to 4 layers | 12.3M -> 23.4M | 4.56M -> 8.12M | 977M -> 1.71G | 3.300 -> 3.412 | 18.3% | 1.3 "
+        "| moments of old entries |"
+    ) in table
     assert "| best validation | 3.100 at step 40 (1.240 bits/byte) |" in table
     assert "| tokens | 41k |" in table
     assert "![loss](loss.png)" in table
+
+
+def test_summary_has_a_line_for_each_growth_in_force(tmp_path):
+    grown, plain = write_run(tmp_path / "grown", grow_at=20), write_run(tmp_path / "plain")
+    assert "12.3M / 4.56M" in summary([plain])
+    assert "grow" not in summary([plain])
+
+    def last_lines(*runs):
+        return [" ".join(line.split()) for line in summary(runs).splitlines()[-2:]]
+
+    line = "20 2 to 4 layers 12.3M -> 23.4M 3.300 -> 3.412 1.3"
+    assert last_lines(grown) == ["grown after step what grew parameters validation loss seconds", line]
+    assert last_lines(plain, grown)[1] == f"grown {line}"
+    # A later growth without validation data; what is shown of the model is what it grew to.
+    recorder = Recorder(grown, metrics=MetricsConfig(), config={}, total_steps=40, restored_step=40)
+    later = {"summary": "wider", "parameters_before": 23_400_000, "parameters_after": 51e6, "active_after": 9e6}
+    recorder.event("growth", step=30, **(GROWTH | later | {"valid_loss_before": None, "valid_loss_after": None}))
+    assert last_lines(grown) == [line, "30 wider 23.4M -> 51M - 1.3"]
+    assert "51M / 9M" in summary([grown])
+    # A restart takes it back, and the report with it.
+    recorder.event("restart", step=25, checkpoint="step_00000025")
+    recorder.close()
+    assert last_lines(grown)[1] == line
+    assert "23.4M / 8.12M" in summary([grown])
+
+
+def test_learning_rates_of_new_entries_are_further_lines(tmp_path):
+    grown, plain = write_run(tmp_path / "grown", grow_at=20), write_run(tmp_path / "plain")
+
+    def curves(*runs):
+        ax = draw_lr_and_grad_norm(read_histories(runs)).axes[0]
+        return ax, [line for line in ax.lines if len(line.get_xdata()) == 40]
+
+    ax, (old, new) = curves(grown)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [old.get_label(), new.get_label()]
+    assert new.get_label() == "entries that growth 1 brought in"
+    np.testing.assert_array_equal(old.get_ydata(), 1e-3)
+    assert np.isnan(new.get_ydata()[:20]).all()
+    np.testing.assert_allclose(new.get_ydata()[20:26], 1.3e-3 * np.array([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]))
+    ax, both = curves(plain, grown)
+    assert [line.get_linestyle() for line in both] == ["-", "-", ":"]
+    assert both[1].get_color() == both[2].get_color()
+    ax, (_,) = curves(plain)
+    assert ax.get_legend() is None
+
+
+def test_the_curve_over_flops_bends_where_the_model_grew(tmp_path):
+    for grow_at, expected in ((20, [20e12, 20e12 + 20 * 1.75e12]), (0, [20e12, 40e12])):
+        (history,) = read_histories([write_run(tmp_path / str(grow_at), grow_at=grow_at)])
+        flops = series(history.train, "flops")
+        np.testing.assert_allclose(flops[[19, 39]], expected)
+        if grow_at:
+            over_flops = draw_loss([history]).axes[2]
+            dashed = next(line for line in over_flops.lines if line.get_linestyle() == "--")
+            assert dashed.get_xdata()[0] == 20e12
+            assert over_flops.lines[0].get_xdata()[-1] == flops[-1]
+
+
+def test_words_of_an_early_growth_stay_in_the_panel(tmp_path):
+    for grow_at, side in ((2, "left"), (20, "right")):
+        figure = draw_loss(read_histories([write_run(tmp_path / str(grow_at), grow_at=grow_at)]))
+        words = [text for ax in figure.axes for text in ax.texts if text.get_text() == "2 to 4 layers"]
+        assert [text.get_ha() for text in words] == [side] * 3
 
 
 def test_report_of_several_runs_without_experts(tmp_path):
@@ -107,7 +174,7 @@ def test_growth_breaks_are_the_first_rows_of_the_grown_model(tmp_path):
     (history,) = read_histories([write_run(tmp_path / "run", grow_at=20)])
     assert growth_breaks(history) == [20]
     assert history.train[20]["step"] == 21
-    table = layered(history.train, "entropy")
+    table = listed(history.train, "moe.entropy")
     assert table.shape == (4, 40)
     assert np.isnan(table[2:, :20]).all()
     assert np.isfinite(table[:, 20:]).all()
