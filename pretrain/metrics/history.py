@@ -44,6 +44,12 @@ class History:
         return next((event for event in reversed(self.events) if event["event"] == name), None)
 
     @property
+    def latest_train(self) -> list[dict[str, Any]]:
+        """The training rows of the model as it is now, after its last growth; all when it has none since."""
+        grown_at = max((event["step"] for event in self.events_in_force("growth")), default=0)
+        return [row for row in self.train if row["step"] > grown_at] or self.train
+
+    @property
     def restarts(self) -> list[dict[str, Any]]:
         """Every time the run went on from a checkpoint."""
         return [event for event in self.events if event["event"] == "restart"]

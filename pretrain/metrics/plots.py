@@ -91,8 +91,9 @@ def draw_throughput(histories: Sequence[History]) -> Figure:
             ax.plot(steps, smooth(values, breaks=growth_breaks(history)), color=colour_of(index), label=history.name)
         mark_growth(axes, history, colour=MUTED if len(histories) == 1 else colour_of(index))
     for ax, key, text in zip(axes, keys, texts, strict=True):
-        middle = float(np.nanmedian(series(histories[0].train, key)))
-        title(ax, f"{text} (median {count(middle)})" if len(histories) == 1 else text)
+        middle = count(float(np.nanmedian(series(histories[0].latest_train, key))))
+        since = " since the last growth" if histories[0].events_in_force("growth") else ""
+        title(ax, f"{text} (median{since} {middle})" if len(histories) == 1 else text)
         ax.set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(FuncFormatter(count))
     label_x(axes[1], STEP)

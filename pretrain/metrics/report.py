@@ -84,7 +84,8 @@ NOTES = """\
 Losses are mean cross entropies in nats per token; bits per byte do not depend on the tokenizer. In the picture of the
 loss, training curves in bits per byte use the tokens per byte of the validation text, and are approximate. FLOPs are
 those of the model, forward and backward, without recomputation. Goodput is the time in training steps that were kept
-over the wall time of the run, restarts included."""
+over the wall time of the run, restarts included. Of a run that has grown, parameters and the median of tokens/s are
+those of the model after its last growth."""
 
 
 def _final_loss(history: History) -> str:
@@ -142,7 +143,7 @@ def _goodput(history: History) -> str:
 
 
 def _median_rate(history: History) -> str:
-    return f"{np.nanmedian(series(history.train, 'tokens_per_second')):,.0f}"
+    return f"{np.nanmedian(series(history.latest_train, 'tokens_per_second')):,.0f}"
 
 
 FIELDS: dict[str, Callable[[History], str]] = {
@@ -175,8 +176,8 @@ GROWTH_FIELDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "FLOPs/token": lambda event: _change(event, "flops_per_token", flop_count),
     "validation loss": lambda event: _change(event, "valid_loss", "{:.3f}".format),
     "logits changed by": lambda event: _given(event, "logits_change", "{:.1%}".format),
-    "seconds": lambda event: f"{event['seconds']:.1f}",
-    "optimizer kept": lambda event: str(event["state"]),
+    "seconds": lambda event: _given(event, "seconds", "{:.1f}".format),
+    "optimizer state": lambda event: str(event["state"]),
 }
 
 
@@ -202,6 +203,6 @@ def _change(event: dict[str, Any], key: str, text: Callable[[float], str]) -> st
 
 
 def _given(event: dict[str, Any], key: str, text: Callable[[float], str]) -> str:
-    """A figure that was not taken (without validation data) or is not finite has a dash."""
+    """A dash for a figure that was not taken, is not finite, or went with a process that was killed."""
     value = event.get(key)
     return NONE if value is None else text(value)

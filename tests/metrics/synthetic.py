@@ -20,7 +20,6 @@ FLOPS_PER_STEP = 1e12
 # What a growth event says beside its step; the grown model has 1.75 times the FLOPs.
 GROWTH = {
     "summary": "2 to 4 layers",
-    "from_step": 21,
     "parameters_before": 12_300_000,
     "parameters_after": 23_400_000,
     "active_before": 4_560_000,
@@ -31,7 +30,7 @@ GROWTH = {
     "valid_loss_after": 3.412,
     "logits_change": 0.183,
     "seconds": 1.26,
-    "state": "moments of old entries",
+    "state": "asymmetric",
     "checkpoint": "step_00000020_grown",
 }
 

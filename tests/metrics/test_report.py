@@ -7,7 +7,7 @@ from pretrain.config.schema import MetricsConfig
 from pretrain.errors import RunDirectoryError
 from pretrain.metrics.drawing import growth_breaks, smooth
 from pretrain.metrics.history import listed, read_histories, series
-from pretrain.metrics.plots import draw_loss, draw_lr_and_grad_norm
+from pretrain.metrics.plots import draw_loss, draw_lr_and_grad_norm, draw_throughput
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.report import summary, write_report
 from tests.metrics.synthetic import GROWTH, train_row, write_run
@@ -34,7 +34,7 @@ def test_report_of_one_grown_run(tmp_path):
     assert "| parameters, total / active | 23.4M / 8.12M |" in table
     assert (
         "| 20 | 2 to 4 layers | 12.3M -> 23.4M | 4.56M -> 8.12M | 977M -> 1.71G | 3.300 -> 3.412 | 18.3% | 1.3 "
-        "| moments of old entries |"
+        "| asymmetric |"
     ) in table
     assert "| best validation | 3.100 at step 40 (1.240 bits/byte) |" in table
     assert "| tokens | 41k |" in table
@@ -52,11 +52,12 @@ def test_summary_has_a_line_for_each_growth_in_force(tmp_path):
     line = "20 2 to 4 layers 12.3M -> 23.4M 3.300 -> 3.412 1.3"
     assert last_lines(grown) == ["grown after step what grew parameters validation loss seconds", line]
     assert last_lines(plain, grown)[1] == f"grown {line}"
-    # A later growth without validation data; what is shown of the model is what it grew to.
+    # A later growth without validation data, its duration lost; what is shown of the model is what it grew to.
     recorder = Recorder(grown, metrics=MetricsConfig(), config={}, total_steps=40, restored_step=40)
     later = {"summary": "wider", "parameters_before": 23_400_000, "parameters_after": 51e6, "active_after": 9e6}
-    recorder.event("growth", step=30, **(GROWTH | later | {"valid_loss_before": None, "valid_loss_after": None}))
-    assert last_lines(grown) == [line, "30 wider 23.4M -> 51M - 1.3"]
+    later |= {"valid_loss_before": None, "valid_loss_after": None}
+    recorder.event("growth", step=30, **{name: value for name, value in (GROWTH | later).items() if name != "seconds"})
+    assert last_lines(grown) == [line, "30 wider 23.4M -> 51M - -"]
     assert "51M / 9M" in summary([grown])
     # A restart takes it back, and the report with it.
     recorder.event("restart", step=25, checkpoint="step_00000025")
@@ -95,6 +96,21 @@ def test_the_curve_over_flops_bends_where_the_model_grew(tmp_path):
             dashed = next(line for line in over_flops.lines if line.get_linestyle() == "--")
             assert dashed.get_xdata()[0] == 20e12
             assert over_flops.lines[0].get_xdata()[-1] == flops[-1]
+
+
+def test_rates_are_those_of_the_model_as_it_is_now(tmp_path):
+    recorder = Recorder(tmp_path, metrics=MetricsConfig(), config={}, total_steps=30)
+    for step in range(1, 31):
+        recorder.train(train_row(step, tokens_per_second=12_000 if step <= 20 else 4_000))
+    assert " 12,000" in summary([tmp_path])
+    recorder.event("growth", step=20, **GROWTH)
+    assert " 4,000" in summary([tmp_path])
+    upper = draw_throughput(read_histories([tmp_path])).axes[0]
+    assert upper.get_title(loc="left") == "Tokens per second, all ranks (median since the last growth 4k)"
+    # Before the larger model has a row there is only the smaller one's rate.
+    recorder.event("growth", step=30, **GROWTH)
+    recorder.close()
+    assert " 12,000" in summary([tmp_path])
 
 
 def test_words_of_an_early_growth_stay_in_the_panel(tmp_path):
