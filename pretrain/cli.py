@@ -95,6 +95,24 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _grow(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    from rich.progress import Progress  # noqa: PLC0415
+
+    from pretrain.grow_checkpoint import grow_checkpoint  # noqa: PLC0415
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("growing")
+        grown = grow_checkpoint(
+            options.checkpoint,
+            config,
+            options.out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"grown: {grown}\nto go on: pretrain train {options.config} --set run.directory={options.out}")
+    return 0
+
+
 def _data_prepare(options: argparse.Namespace) -> int:
     from pretrain.data.prepare import PrepareOptions, prepare  # noqa: PLC0415
 
@@ -242,7 +260,15 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         "Prepare a corpus, train a small mixture of experts on it, and report.",
         "pretrain demo configs/demo.toml --set budget.steps=600",
     )
-    for sub in (train, plan):
+    grow = _command(
+        commands,
+        "grow",
+        _grow,
+        "Grow a checkpoint as a run would at this point of its configuration.",
+        "pretrain grow runs/small configs/growth/experts.toml runs/grown",
+    )
+    grow.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, or a run directory (its newest one)")
+    for sub in (train, plan, grow):
         sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
     demo.add_argument(
         "config",
@@ -252,7 +278,8 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         metavar="CONFIG",
         help="configuration file (default: %(default)s)",
     )
-    for sub in (train, plan, demo):
+    grow.add_argument("out", type=Path, metavar="OUT", help="run directory to be made")
+    for sub in (train, plan, grow, demo):
         sub.add_argument(
             "--set",
             action="append",

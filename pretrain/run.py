@@ -23,18 +23,21 @@ from pretrain.checkpoint import Checkpoints, read_checkpoint, read_state
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.load import dump_config, load_config
 from pretrain.config.schema import Config
-from pretrain.data.batches import BatchIterator
+from pretrain.config.stages import stages
+from pretrain.data.batches import BatchIterator, validation_batches
 from pretrain.data.dataset import VALIDATION_SEED, BlendedDataset, open_blend
 from pretrain.data.text_bytes import bytes_per_token
 from pretrain.errors import CheckpointError, DataError
+from pretrain.growth.history import check_history, history, rewarms
+from pretrain.growth.maps import ages
 from pretrain.metrics.moe import BalanceWindow
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.throughput import RunClock
 from pretrain.model.counts import count_flops, count_parameters
-from pretrain.optim.schedule import Schedule
+from pretrain.optim.schedule import Schedule, Schedules
 from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.parallel.engine import Engine, build_engine
-from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.mesh import Mesh, Meshes
 
 
 @dataclass
@@ -48,6 +51,11 @@ class TrainState:
     tokens: int = 0
     flops: float = 0.0
     skipped_in_a_row: int = 0
+    growths: list[dict[str, Any]] = field(default_factory=list)
+    """The growths the run has been through, see `growth.history`."""
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Utility of experts so far, when the next growth goes by it, see `growth.scores`."""
+    scored_steps: int = 0
     data_fingerprint: str = ""
     """Of the blend that `samples` is a position in."""
     rng: str = ""
@@ -68,17 +76,21 @@ class TrainState:
 class Run:
     """The parts of a run on this rank."""
 
+    written: Config
+    """The configuration as written, with all growth points."""
     config: Config
-    mesh: Mesh
+    """The same with the model and layout of this stage."""
+    meshes: Meshes
     engine: Engine
     optimizer: ShardedOptimizer
-    schedule: Schedule
+    schedule: Schedules
     flops_per_token: int
     """Model FLOPs of training on one token."""
     train_data: BlendedDataset
     valid_data: BlendedDataset | None
     batches: BatchIterator
     checkpoints: Checkpoints
+    ranks: Ranks
     clock: RunClock
     recorder: Recorder | None
     """Rank 0 only."""
@@ -88,20 +100,38 @@ class Run:
     durable: SimpleQueue[tuple[Path, float]] = field(default_factory=SimpleQueue)
     """Checkpoints that became durable, with the seconds it took; filled by the thread that writes them."""
 
-    def event(self, name: str, state: TrainState, **fields: Any) -> None:
+    @property
+    def mesh(self) -> Mesh:
+        """The layout in force."""
+        return self.engine.mesh
+
+    def event(self, name: str, state: TrainState, /, **fields: Any) -> None:
         """Write an event, on the rank that does."""
         if self.recorder:
             self.recorder.event(name, step=state.step, **fields)
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint, or begin to when they are asynchronous. Collective."""
+    def save(self, state: TrainState, *, grown: bool = False) -> None:
+        """Write a checkpoint, or begin to when they are asynchronous. `grown`: of this step after its growth.
+        Collective."""
         state.optimizer = self.optimizer.state_dict()
         state.clock = self.clock.state_dict()
         state.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         if self.recorder:
             state.recorder = self.recorder.state_dict()
         tensors = checkpoint_tensors(self.engine, self.optimizer)
-        self.checkpoints.save(state.step, tensors, state=asdict(state), config_toml=dump_config(self.config))
+        self.checkpoints.save(
+            state.step, tensors, state=asdict(state), config_toml=dump_config(self.written), grown=grown
+        )
+
+    def valid_loss(self) -> float:
+        """Loss on the validation batches, always the same ones, in nats per token. Collective."""
+        assert self.valid_data is not None
+        config, mesh = self.config, self.mesh
+        batches = validation_batches(
+            self.valid_data, config.batch, batches=config.eval.batches, dp_rank=mesh.data_rank, dp_size=mesh.data_size
+        )
+        on_device = ({name: tensor.to(mesh.device) for name, tensor in micro.items()} for micro in batches)
+        return float(self.engine.evaluate(on_device, config.eval.batches * self.engine.microbatches))
 
     def report_durable(self, state: TrainState) -> None:
         """Write an event for each checkpoint that is safe by now."""
@@ -130,7 +160,7 @@ def open_data(config: Config) -> tuple[BlendedDataset, BlendedDataset | None]:
     return blend("train", config.run.seed), blend("valid", VALIDATION_SEED) if config.data.valid else None
 
 
-def _batches(config: Config, mesh: Mesh, data: BlendedDataset, *, consumed_samples: int) -> BatchIterator:
+def open_batches(config: Config, mesh: Mesh, data: BlendedDataset, *, consumed_samples: int) -> BatchIterator:
     return BatchIterator(
         data, config.batch, dp_rank=mesh.data_rank, dp_size=mesh.data_size, consumed_samples=consumed_samples
     )
@@ -142,8 +172,13 @@ def _valid_bytes_per_token(config: Config, valid_data: BlendedDataset | None) ->
     return bytes_per_token(valid_data, config.eval.batches * config.batch.global_batch_size)
 
 
+def schedule_of(config: Config, state: TrainState) -> Schedules:
+    """The learning rates of a run that has been through the growths of `state`."""
+    return Schedules(Schedule.from_config(config.schedule, config.total_steps), tuple(rewarms(config, state.growths)))
+
+
 @contextmanager
-def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tuple[Run, TrainState]]:
+def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterator[tuple[Run, TrainState]]:
     """The run, brought to the newest valid checkpoint of its directory when there is one. Collective."""
     # Over the CPU: what ranks tell each other here are small host values.
     ranks = Ranks(dist.new_group(backend="gloo"))
@@ -152,11 +187,10 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
         # Before the directory is made: a missing dataset leaves nothing behind.
         with ranks.together():
             train_data, valid_data = open_data(config)
+        is_main = ranks.rank == 0
         with ranks.together():
-            if mesh.is_main:
+            if is_main:
                 stack.enter_context(run_directory.locked(config.run.directory))
-        engine = build_engine(config, mesh)
-        optimizer = ShardedOptimizer(engine.shards, config.optim, mesh.groups)
         damaged: list[str] = []
         durable: SimpleQueue[tuple[Path, float]] = SimpleQueue()
         checkpoints = Checkpoints(
@@ -169,23 +203,31 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
         state = TrainState(data_fingerprint=train_data.fingerprint)
         changed: list[str] = []
         if newest:
-            state, changed = _restore(
-                newest, config, engine=engine, optimizer=optimizer, train_data=train_data, ranks=ranks
-            )
+            with ranks.together():
+                state, changed = _read_state(newest, config, train_data)
+        stage = stages(config)[len(state.growths)].config
+        mesh = meshes.of(stage.parallel)
+        engine = build_engine(stage, mesh)
+        entry_ages = ages(history(config, state.growths)) if state.growths else None
+        optimizer = ShardedOptimizer(engine.shards, config.optim, mesh.groups, ages=entry_ages)
+        if newest:
+            _restore(newest, state, changed, engine=engine, optimizer=optimizer, ranks=ranks)
         with ranks.together():
-            recorder = _recorder(config, state, clock) if mesh.is_main else None
-            valid_bytes_per_token = _valid_bytes_per_token(config, valid_data) if mesh.is_main else None
+            recorder = _recorder(config, state, clock) if is_main else None
+            valid_bytes_per_token = _valid_bytes_per_token(config, valid_data) if is_main else None
         run = Run(
-            config=config,
-            mesh=mesh,
+            written=config,
+            config=stage,
+            meshes=meshes,
             engine=engine,
             optimizer=optimizer,
-            schedule=Schedule.from_config(config.schedule, config.total_steps),
-            flops_per_token=count_flops(config.model, config.batch.sequence_length).per_token,
+            schedule=schedule_of(config, state),
+            flops_per_token=count_flops(stage.model, config.batch.sequence_length).per_token,
             train_data=train_data,
             valid_data=valid_data,
-            batches=_batches(config, mesh, train_data, consumed_samples=state.samples),
+            batches=open_batches(config, mesh, train_data, consumed_samples=state.samples),
             checkpoints=checkpoints,
+            ranks=ranks,
             clock=clock,
             recorder=recorder,
             valid_bytes_per_token=valid_bytes_per_token,
@@ -200,20 +242,24 @@ def restore_or_build(config: Config, mesh: Mesh, clock: RunClock) -> Iterator[tu
         run.report_durable(state)
 
 
+def _read_state(path: Path, config: Config, train_data: BlendedDataset) -> tuple[TrainState, list[str]]:
+    """(state, configuration keys that differ from its own) of a checkpoint that the run can go on from."""
+    state = TrainState(**read_state(path))
+    _check_resumable(path, state, config, train_data)
+    return state, changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
+
+
 def _restore(
     path: Path,
-    config: Config,
+    state: TrainState,
+    changed: Sequence[str],
     *,
     engine: Engine,
     optimizer: ShardedOptimizer,
-    train_data: BlendedDataset,
     ranks: Ranks,
-) -> tuple[TrainState, list[str]]:
-    """Fill weights and optimizer from a checkpoint -> (state, configuration keys that differ from its own)."""
+) -> None:
+    """Fill weights, optimizer and generator from a checkpoint; `changed` are the keys it was not written with."""
     with ranks.together():
-        state = TrainState(**read_state(path))
-        changed = changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
-        _check_resumable(path, state, config, train_data)
         optimizer.load_state_dict(state.optimizer)
     try:
         read_checkpoint(path, checkpoint_tensors(engine, optimizer), group=ranks.group)
@@ -223,7 +269,6 @@ def _restore(
         raise CheckpointError("; ".join([*causes, str(error)])) from error
     optimizer.load_finished()
     torch.set_rng_state(torch.from_numpy(np.frombuffer(base64.b64decode(state.rng), dtype=np.uint8).copy()))
-    return state, changed
 
 
 def _check_resumable(path: Path, state: TrainState, config: Config, train_data: BlendedDataset) -> None:
@@ -236,6 +281,7 @@ def _check_resumable(path: Path, state: TrainState, config: Config, train_data: 
         raise CheckpointError(
             f"budget: {config.total_steps} steps, but {path} has done {state.step} already; raise the budget"
         )
+    check_history(config, state.growths, step=state.step, where=str(path))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
@@ -272,7 +318,7 @@ def _announce(
     """Write down what starts, and say it on the terminal. Rank 0."""
     config, directory = run.config, run.config.run.directory
     parameters = count_parameters(config.model)
-    run_directory.write_atomically(directory / run_directory.CONFIG_FILE, dump_config(config))
+    run_directory.write_atomically(directory / run_directory.CONFIG_FILE, dump_config(run.written))
     run_directory.write_manifest(
         directory,
         world_size=run.mesh.world_size,
@@ -287,6 +333,13 @@ def _announce(
         print(f"resumed from {newest} at step {state.step} of {config.total_steps}")
         for change in changed:
             print(f"  changed since: {change}")
+        if (
+            state.growths
+            and state.growths[-1]["step"] == state.step
+            and not run.recorder.has_event("growth", step=state.step)
+        ):
+            # The run was killed between the checkpoint after its growth and the event.
+            run.event("growth", state, **state.growths[-1].get("figures", {}), checkpoint=newest.name)
     elif run.recorder.last_step:
         run.event("restart", state, checkpoint=None)
         print(f"no checkpoint: what was logged up to step {run.recorder.last_step} is done again from the start")

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from pretrain.config.rules import check, check_runnable
 from pretrain.config.schema import Config
-from pretrain.data.batches import validation_batches
 from pretrain.errors import ConfigError, UserError
+from pretrain.growing import grow, growth_due, note_scores
 from pretrain.metrics.rows import TrainRow, ValidRow
 from pretrain.metrics.throughput import RunClock, memory_bytes, rates
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
-from pretrain.parallel.mesh import Mesh, mesh_of
+from pretrain.parallel.mesh import Meshes, destroy_mesh
 from pretrain.parallel.routing_stats import (
     aux_losses,
     copy_selection_biases,
@@ -34,11 +34,16 @@ def train(config: Config) -> int:
     Goes on from the newest valid checkpoint of the run directory. Call on every process of the job.
     """
     clock = RunClock()
-    with started(config) as mesh, graceful_stop() as stop, restore_or_build(config, mesh, clock) as (run, state):
+    with started(config) as meshes, graceful_stop() as stop, restore_or_build(config, meshes, clock) as (run, state):
         clock.begin_steps()
         saved = state.step
-        while state.step < config.total_steps and not stop.agree(mesh.device):
-            # Between two steps is where a model may change shape: engine and optimizer are replaced, the rest stays.
+        while state.step < config.total_steps and not stop.agree(run.mesh.device):
+            if point := growth_due(run, state):
+                if saved != state.step:
+                    save(run, state)
+                run.checkpoints.wait()
+                grow(run, point, state)
+                saved = state.step
             train_step(run, state)
             if is_due(config.eval.every_steps, state, config):
                 log_evaluation(run, state)
@@ -53,13 +58,16 @@ def train(config: Config) -> int:
 
 
 @contextmanager
-def started(config: Config) -> Iterator[Mesh]:
-    """This process as part of the job: device, process groups and layout; everything the config can tell is checked."""
+def started(config: Config) -> Iterator[Meshes]:
+    """This process as part of the job, with everything the configuration can tell checked; layouts end with it."""
     problems = check(config, distributed.world_size()) + check_runnable(config)
     if problems:
         raise ConfigError(problems)
-    with distributed.joined() as device, mesh_of(config.parallel, device) as mesh:
-        yield mesh
+    with distributed.joined() as device:
+        try:
+            yield Meshes(device)
+        finally:
+            destroy_mesh()
 
 
 def is_due(every_steps: int, state: TrainState, config: Config) -> bool:
@@ -73,7 +81,8 @@ def train_step(run: Run, state: TrainState) -> float:
     reset_routing_stats(run.engine)
     biases = copy_selection_biases(run.engine)
     loss = float(run.engine.forward_backward(iter(batch)))
-    result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1))
+    note_scores(run, state)
+    result = run.optimizer.step(run.schedule.lr_ratio(state.step + 1), run.schedule.newer(state.step + 1))
     state.advance(run.config, run.flops_per_token)
     if result.skipped:
         restore_selection_biases(run.engine, biases)
@@ -140,6 +149,7 @@ def log_step(run: Run, state: TrainState, loss: float, result: StepResult) -> No
                 flops=state.flops,
                 loss=loss,
                 lr=config.optim.lr * run.schedule.lr_ratio(state.step),
+                lr_new=[config.optim.lr * ratio for ratio in run.schedule.newer(state.step)],
                 grad_norm=result.grad_norm,
                 skipped=result.skipped,
                 memory_bytes=memory_bytes(run.mesh.device),
@@ -154,13 +164,8 @@ def log_evaluation(run: Run, state: TrainState) -> None:
     """Loss on the validation batches, always the same ones. Collective."""
     if run.valid_data is None:
         return
-    config, mesh = run.config, run.mesh
     with run.clock.phase("eval"):
-        batches = validation_batches(
-            run.valid_data, config.batch, batches=config.eval.batches, dp_rank=mesh.data_rank, dp_size=mesh.data_size
-        )
-        on_device = ({name: tensor.to(mesh.device) for name, tensor in micro.items()} for micro in batches)
-        loss = float(run.engine.evaluate(on_device, config.eval.batches * run.engine.microbatches))
+        loss = run.valid_loss()
     if run.recorder:
         bytes_per_token = run.valid_bytes_per_token
         run.recorder.valid(

@@ -24,7 +24,7 @@ from pretrain.config.schema import Config
 from pretrain.metrics.throughput import RunClock
 from pretrain.model.transformer_config import transformer_config
 from pretrain.parallel.engine import Batch, build_engine
-from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.mesh import Mesh, Meshes
 from pretrain.run import restore_or_build
 from pretrain.train import train_step
 
@@ -48,7 +48,7 @@ def initial_weights(config: Config, mesh: Mesh) -> Weights:
 def ours(config: Config, mesh: Mesh) -> Iterator[Step]:
     """The step of `pretrain train`: reads its own data, logs, writes rows."""
     clock = RunClock()
-    with restore_or_build(config, mesh, clock) as (run, state):
+    with restore_or_build(config, Meshes(mesh.device, mesh), clock) as (run, state):
         clock.begin_steps()
         yield lambda: train_step(run, state)
 

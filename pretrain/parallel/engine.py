@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,22 +67,69 @@ class Engine:
             chunk.train()
         return loss
 
+    @torch.no_grad()
+    def logits(self, microbatch: Batch, positions: int) -> torch.Tensor:
+        """Logits [B, positions, V] in fp32 of the first positions of one micro-batch, the same on every rank.
+
+        The batch must be the same on all ranks, and `positions` at most a half of one context-parallel part.
+        """
+        for chunk in self.wrapped:
+            chunk.eval()
+        # The interleaved schedule takes as many micro-batches as there are stages.
+        count = self.mesh.config.pipeline if len(self.wrapped) > 1 else 1
+        outputs = self._schedule(
+            iter([microbatch] * count), count, partial(_logits_step, positions=positions), collect_non_loss_data=True
+        )
+        for chunk in self.wrapped:
+            chunk.train()
+        B, V = len(microbatch["tokens"]), self.vocab_size
+        whole = torch.empty(B, positions, V, device=self.mesh.device)
+        groups = self.mesh.groups
+        if outputs:
+            parts = [torch.empty_like(outputs[0]) for _ in range(groups.tp.size())]
+            dist.all_gather(parts, outputs[0].contiguous(), group=groups.tp)
+            whole = torch.cat(parts, dim=-1)
+        is_source = bool(outputs) and groups.tp.rank() == groups.dp_cp.rank() == 0
+        source = torch.tensor(self.mesh.rank if is_source else -1, device=self.mesh.device)
+        dist.all_reduce(source, op=dist.ReduceOp.MAX)
+        dist.broadcast(whole, src=int(source))
+        return whole
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output layer over all ranks."""
+        return self.chunks[0].vocab_size
+
     def _run(self, microbatches: Iterator[Batch], count: int, *, forward_only: bool) -> torch.Tensor:
+        outputs = self._schedule(microbatches, count, _forward_step, forward_only=forward_only)
+        return self._mean_loss([output["loss"] for output in outputs])
+
+    def _schedule(
+        self,
+        microbatches: Iterator[Batch],
+        count: int,
+        step: Callable[..., tuple[torch.Tensor, Callable[..., Any]]],
+        *,
+        forward_only: bool = True,
+        collect_non_loss_data: bool = False,
+    ) -> list[Any]:
+        """megatron-core's schedule over `count` micro-batches -> what the last stage's `step` left of each."""
         data: Iterator[Batch] | list[Iterator[Batch]] = microbatches
         if len(self.wrapped) > 1:
             # Every chunk of the interleaved schedule walks the same micro-batches at its own pace.
             loaded = list(microbatches)
             data = [iter(loaded) for _ in self.wrapped]
-        outputs = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, context=self.mesh.groups.cp),
+        outputs: list[Any] = get_forward_backward_func()(
+            forward_step_func=partial(step, context=self.mesh.groups.cp),
             data_iterator=data,
             model=self.wrapped,
             num_microbatches=count,
             seq_length=self.batch.sequence_length,
             micro_batch_size=self.batch.micro_batch_size,
             forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
         )
-        return self._mean_loss([output["loss"] for output in outputs])
+        return outputs
 
     def _mean_loss(self, losses: list[torch.Tensor]) -> torch.Tensor:
         groups = self.mesh.groups
@@ -95,8 +143,11 @@ class Engine:
         return total
 
 
-def build_engine(config: Config, mesh: Mesh) -> Engine:
-    """Build, initialise and wrap this rank's chunks."""
+def build_engine(config: Config, mesh: Mesh, *, fill: Callable[[list[Shard]], None] | None = None) -> Engine:
+    """Build and wrap this rank's chunks.
+
+    `fill` gives the weights and biases their values (default: the initial ones). Gradients get their memory after it.
+    """
     chunks = build_chunks(
         config.model,
         parallel=config.parallel,
@@ -109,7 +160,10 @@ def build_engine(config: Config, mesh: Mesh) -> Engine:
     if megatron.bf16:
         modules = [Float16Module(megatron, module) for module in modules]
     shards = collect_shards(chunks, config.model, mesh.groups)
-    initialise(shards, config.model, config.run.seed)
+    if fill:
+        fill(shards)
+    else:
+        initialise(shards, config.model, config.run.seed)
     wrapped = [
         DistributedDataParallel(
             megatron,
@@ -139,13 +193,25 @@ def _forward_step(
 
     Ranks of the context-parallel group each take their part of every sequence.
     """
-    batch = dict(next(microbatches))
-    batch["positions"] = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(
-        batch["tokens"]
-    )
-    batch = get_batch_on_this_cp_rank(batch, cp_group=context)
+    batch = _context_part(next(microbatches), context)
     losses = chunk(batch["tokens"], batch["positions"], None, labels=batch["labels"])
     return losses, partial(_mean_of, context_size=context.size())
+
+
+def _logits_step(
+    microbatches: Iterator[Batch], chunk: torch.nn.Module, *, context: dist.ProcessGroup, positions: int
+) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+    """megatron-core's forward step: this rank's logits [B, S, V] and the function that keeps the first of them."""
+    batch = _context_part(next(microbatches), context)
+    logits = chunk(batch["tokens"], batch["positions"], None)
+    return logits, lambda output, non_loss_data: output[:, :positions].float()
+
+
+def _context_part(microbatch: Batch, context: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """This rank's part of every sequence, with the positions of its tokens."""
+    tokens = microbatch["tokens"]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return get_batch_on_this_cp_rank({**microbatch, "positions": positions}, cp_group=context)
 
 
 def _mean_of(losses: torch.Tensor, *, context_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -84,6 +84,22 @@ def destroy_mesh() -> None:
     parallel_state.destroy_model_parallel()
 
 
+@dataclass
+class Meshes:
+    """The one layout in force; another one takes its place when a run changes its layout."""
+
+    device: torch.device
+    current: Mesh | None = None
+
+    def of(self, parallel: ParallelConfig) -> Mesh:
+        """The mesh of a layout: the current one, if it is that. Collective."""
+        if self.current is None or self.current.config != parallel:
+            if self.current:
+                destroy_mesh()
+            self.current = build_mesh(parallel, self.device)
+        return self.current
+
+
 @contextmanager
 def mesh_of(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     """The mesh for the time of a `with` block."""

@@ -1,0 +1,158 @@
+"""Weights, selection biases and optimizer state of a grown model, from those of the old one.
+
+The same steps serve a running job, whose ranks hold the old tensors, and a checkpoint, which lies on a disk: say which
+boxes of the old tensors a new box needs, put the pieces that come into their places, then fill in what is no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+from pretrain.checkpoint.ranks import Ranks
+from pretrain.growth.maps import Extent, GrowthPoint, TensorMap
+from pretrain.growth.pull import BUFFER_BYTES, Traffic, Wanted, pull
+from pretrain.growth.values import Figures, Part, apply_fills, measure, needs_figures
+from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.optim.sharded import split_state_key, state_key
+
+# How a state of the optimizer scales with the gradient it was made from.
+DEGREES = {"exp_avg": 1, "exp_avg_sq": 2, "momentum": 1}
+
+
+@dataclass(frozen=True)
+class Copying:
+    """What of an old tensor goes into a new one."""
+
+    old_only: bool = False
+    """Old entries alone, the others stay as they are (zero)."""
+    factor: float | None = None
+    """On every entry; None: the factors of the weights."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A box of a tensor of the grown model, to be filled in place."""
+
+    tensor_map: TensorMap
+    state: str | None
+    """Name of the optimizer state; None for the weight itself."""
+    offset: Extent
+    box: torch.Tensor
+    """Zero where nothing is copied."""
+
+    @property
+    def source_key(self) -> str:
+        """Key of the old tensor."""
+        key = self.tensor_map.source.key
+        return key if self.state is None else state_key(self.state, key)
+
+
+def state_copying(growth: GrowthPoint, state: str, tensor_map: TensorMap) -> Copying | None:
+    """What becomes of an optimizer state at a growth, None for nothing: it starts at zero.
+
+    exact: a token that met an expert with weight w now meets each of its g copies with w/g, so gradients of experts
+    and of router rows are 1/g of what they were, and what was made from them is scaled likewise.
+    """
+    match growth.config.optimizer_state:
+        case "reset":
+            return None
+        case "asymmetric":
+            return Copying(old_only=True, factor=1.0)
+        case "copy":
+            return Copying(factor=1.0)
+        case "exact":
+            experts = growth.config.experts
+            assert experts is not None
+            gradient = 1 / experts.factor if "expert" in tensor_map.target.axes else 1.0
+            return Copying(factor=gradient ** DEGREES[state])
+
+
+def targets_of(growth: GrowthPoint, tensors: Sequence[ShardedTensor]) -> list[Target]:
+    """The boxes of the grown model that `tensors` are, located by their keys: of weights, or of optimizer states."""
+    logical = {tensor.key: tensor for tensor in logical_tensors(growth.after)}
+    found = []
+    for tensor in tensors:
+        state, key = split_state_key(tensor.key)
+        assert tensor.data is not None
+        found.append(Target(growth.tensor_map(logical[key]), state, tuple(tensor.global_offset), tensor.data))
+    return found
+
+
+def requests(growth: GrowthPoint, target: Target) -> Iterator[Wanted]:
+    """The boxes of the old tensor that a target needs, each with the way to put it in place."""
+    copying = Copying() if target.state is None else state_copying(growth, target.state, target.tensor_map)
+    if copying is None:
+        return
+    for offset, shape in target.tensor_map.wanted(target.offset, target.box.shape, old_only=copying.old_only):
+        yield Wanted(target.source_key, offset, shape, partial(_place, target, copying))
+
+
+def _place(target: Target, copying: Copying, offset: Extent, piece: torch.Tensor) -> None:
+    target.tensor_map.place(target.box, target.offset, piece, offset, old_only=copying.old_only, factor=copying.factor)
+
+
+def fill_new(growth: GrowthPoint, targets: Sequence[Target], *, figures: Mapping[str, Figures], seed: int) -> None:
+    """Give the entries of weights that are no copies their values, once the copies are in place."""
+    for target in targets:
+        if target.state is None:
+            apply_fills(growth, target.tensor_map, target.box, target.offset, figures=figures, seed=seed)
+
+
+def measured_tensors(growth: GrowthPoint) -> list[LogicalTensor]:
+    """The old tensors whose figures the new entries depend on, the same on every rank."""
+    maps = (growth.tensor_map(tensor) for tensor in logical_tensors(growth.after))
+    return list({tensor_map.source.key: tensor_map.source for tensor_map in maps if needs_figures(tensor_map)}.values())
+
+
+@torch.no_grad()
+def transplant(
+    growth: GrowthPoint,
+    old: Sequence[ShardedTensor],
+    new: Sequence[ShardedTensor],
+    *,
+    seed: int,
+    device: torch.device,
+    ranks: Ranks,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> Traffic:
+    """Fill this rank's boxes `new` of the grown model from the boxes `old` that all ranks hold. Collective.
+
+    Both list fp32 weights and selection biases under their keys, optimizer states under `state_key`; the two layouts
+    have nothing to do with each other. `new` starts at zero.
+    """
+    targets = targets_of(growth, new)
+    figures = measure(
+        measured_tensors(growth),
+        partial(_main_parts, growth, old),
+        add=_all_reduce(dist.ReduceOp.SUM),
+        largest=_all_reduce(dist.ReduceOp.MAX),
+        device=device,
+    )
+    wanted = [request for target in targets for request in requests(growth, target)]
+    traffic = pull(wanted, old, device=device, ranks=ranks, buffer_bytes=buffer_bytes)
+    fill_new(growth, targets, figures=figures, seed=seed)
+    return traffic
+
+
+def _main_parts(growth: GrowthPoint, tensors: Sequence[ShardedTensor]) -> Iterator[Part]:
+    """The weights among `tensors` that no other rank counts."""
+    for tensor in tensors:
+        if tensor.key in growth.old_tensors and is_main_replica(tensor.replica_id):
+            assert tensor.data is not None
+            yield Part(growth.old_tensors[tensor.key], tuple(tensor.global_offset), tensor.data)
+
+
+def _all_reduce(operation: dist.ReduceOp.RedOpType) -> Callable[[torch.Tensor], torch.Tensor]:
+    def reduce(tensor: torch.Tensor) -> torch.Tensor:
+        if dist.is_initialized() and tensor.numel():
+            dist.all_reduce(tensor, op=operation)
+        return tensor
+
+    return reduce
