@@ -9,19 +9,22 @@ from collections.abc import Iterator
 
 from pretrain.config.growth import WIDTH_AXES, DepthGrowth, ExpertGrowth, GrowthConfig, WidthGrowth
 from pretrain.config.schema import Config, ModelConfig
-from pretrain.config.stages import grown_model, growth_step
+from pretrain.config.stages import axis_size, grown_model, growth_step, wider_size
 
 
 def growth_rules(config: Config) -> Iterator[str]:
     """Every broken rule of the growth points, each seen with the model that the points before it leave."""
-    model, previous = config.model, 0
+    previous = 0
     for index, growth in enumerate(config.growth):
-        key = f"growth[{index}]"
-        problems = [*_time_rules(config, growth, key, previous), *_operator_rules(model, growth, key)]
+        yield from _time_rules(config, growth, f"growth[{index}]", previous)
+        previous = growth_step(config, growth)
+    model = config.model
+    for index, growth in enumerate(config.growth):
+        problems = list(_operator_rules(model, growth, f"growth[{index}]"))
         yield from problems
         if problems:
             return  # The model after this point is not known.
-        model, previous = grown_model(model, growth), growth_step(config, growth)
+        model = grown_model(model, growth)
 
 
 def _time_rules(config: Config, growth: GrowthConfig, key: str, previous: int) -> Iterator[str]:
@@ -47,6 +50,12 @@ def _time_rules(config: Config, growth: GrowthConfig, key: str, previous: int) -
             f"{key}.rewarm.steps = {growth.rewarm.steps}: must end before the budget, which has "
             f"{config.total_steps - step} steps left after the growth; use fewer"
         )
+    utility = growth.experts.utility if growth.experts else None
+    if utility and 0 < step - previous < utility.steps:
+        yield (
+            f"{key}.experts.utility.steps = {utility.steps}: the model is as it is for only {step - previous} steps "
+            f"before the growth; use {step - previous} or fewer, or grow later"
+        )
 
 
 def _operator_rules(model: ModelConfig, growth: GrowthConfig, key: str) -> Iterator[str]:
@@ -57,7 +66,9 @@ def _operator_rules(model: ModelConfig, growth: GrowthConfig, key: str) -> Itera
     if growth.experts and not model.is_moe:
         yield f"{key}.experts: a dense model (model.num_experts = 0) has no experts to copy; leave it out"
     elif growth.experts:
-        yield from _expert_rules(model, growth.experts, f"{key}.experts")
+        # An exact state asks for copies that stay equal.
+        exact = growth.optimizer_state == "exact"
+        yield from _expert_rules(model, growth.experts, f"{key}.experts", exact=exact)
     for name, width in growth.widths.items():
         yield from _width_rules(model, name, width, f"{key}.{name}")
     yield from _state_rules(growth, key)
@@ -72,13 +83,19 @@ def _depth_rules(model: ModelConfig, depth: DepthGrowth, key: str) -> Iterator[s
         )
 
 
-def _expert_rules(model: ModelConfig, experts: ExpertGrowth, key: str) -> Iterator[str]:
+def _expert_rules(model: ModelConfig, experts: ExpertGrowth, key: str, *, exact: bool) -> Iterator[str]:
     router = model.router
     if experts.top_k == "double" and model.top_k == 1 and router.score_function == "sigmoid" and router.normalize_top_k:
         yield (
             f'{key}.top_k = "double": with model.top_k = 1 the sigmoid scores are used as they are and with '
             f"{experts.factor} they would be normalised, which is another function; set "
             'model.router.normalize_top_k = false, or top_k = "hold"'
+        )
+    if experts.factor > 2 and experts.top_k == "double" and not experts.noise and not exact:
+        # Chosen together and of one state, they get the same updates. What holds top_k chooses between them.
+        yield (
+            f"{key}.factor = {experts.factor}: several copies of one expert would stay equal for ever; grow by 2 "
+            f"twice, or set {key}.noise, for example 0.01"
         )
     held = {"bias_noise": experts.bias_noise, "exact_start": experts.exact_start, "utility": experts.utility}
     for name, value in held.items():
@@ -104,13 +121,13 @@ def _expert_rules(model: ModelConfig, experts: ExpertGrowth, key: str) -> Iterat
 
 
 def _width_rules(model: ModelConfig, name: str, width: WidthGrowth, key: str) -> Iterator[str]:
-    size = model.query_groups if name == "query_groups" else getattr(model, WIDTH_AXES[name][1])
+    size = axis_size(model, name)
     if not size:
         yield f"{key}: the model has no such axis (model.{WIDTH_AXES[name][1]} = 0); leave it out"
         return
     grown = size * width.factor
-    if abs(grown - round(grown)) > 1e-9 * grown:
-        yield f"{key}.factor = {width.factor}: {size} times that is no whole number; use 2, or another that divides"
+    if abs(grown - wider_size(size, width)) > 1e-9 * grown or wider_size(size, width) == size:
+        yield f"{key}.factor = {width.factor}: {size} times that is no larger whole number; use 2, or what gives one"
     if (width.init == "uneven") != (width.split is not None):
         rule = "needs" if width.init == "uneven" else "has no use for"
         yield f'{key}.init = "{width.init}": {rule} {key}.split; {"set it" if width.split is None else "leave it out"}'
@@ -118,11 +135,12 @@ def _width_rules(model: ModelConfig, name: str, width: WidthGrowth, key: str) ->
         yield f'{key}.factor = {width.factor}: init = "uneven" splits each channel in two; use 2'
     if width.noise and width.init not in ("copy", "uneven"):
         yield f'{key}.noise = {width.noise}: for copies, and init = "{width.init}" is not; leave it out'
-    if width.factor > 2 and width.fan_out != "random" and not width.noise:
+    if width.factor > 2 and "random" not in (width.fan_out, width.fan_in) and not width.noise:
         # Their gradients, states and learning rates are the same for ever.
+        noise = f", or set {key}.noise, for example 0.01" if width.init == "copy" else ""
         yield (
             f"{key}.factor = {width.factor}: several copies of one channel would stay equal for ever; grow by 2 "
-            f"twice, or set {key}.noise, for example 0.01"
+            f"twice{noise}"
         )
 
 

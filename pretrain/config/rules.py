@@ -7,13 +7,15 @@ Each rule is one line, `key = value: rule; remedy`, and all of them are reported
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pretrain.config.growth_rules import growth_rules
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, RouterConfig
-from pretrain.config.stages import stages
+from pretrain.config.stages import describe_growth, stages
 
 
 def check(config: Config, world_size: int | None = None) -> list[str]:
@@ -22,9 +24,18 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     problems += [*_budget_rules(config), *_saving_rules(config), *growth_rules(config)]
     if not problems:
         # Only now are the later stages known.
-        for index, stage in enumerate(stages(config)[1:]):
-            problems += [f"after growth[{index}]: {problem}" for problem in _stage_rules(stage.config, world_size)]
+        for index, (before, stage) in enumerate(itertools.pairwise(stages(config))):
+            assert stage.growth is not None
+            point = f"after growth[{index}], {describe_growth(before.config.model, stage.growth)}"
+            problems += [f"{point}: {_of_growth(index, line)}" for line in _stage_rules(stage.config, world_size)]
     return problems
+
+
+def _of_growth(index: int, problem: str) -> str:
+    """The problem of a grown model with a remedy in the keys of its growth; sizes of the model follow from these."""
+    rule, _, remedy = problem.partition("; ")
+    remedy = re.sub(r" or model\.\w+ = \d+$", "", remedy)
+    return f"{rule}; {remedy.replace('parallel.', f'growth[{index}].parallel.')}, or change the growth"
 
 
 def _stage_rules(config: Config, world_size: int | None) -> list[str]:
@@ -46,11 +57,12 @@ def check_runnable(config: Config) -> list[str]:
         problems.append('data.train = []: training needs a dataset; add [[data.train]] with prefix = "PATH"')
     if not importlib.util.find_spec("transformer_engine"):
         remedy = 'which is not installed here; pip install "meristem[cuda]", or'
-        if config.parallel.context > 1:
-            problems.append(
-                f"parallel.context = {config.parallel.context}: needs Transformer Engine, {remedy} "
-                "set parallel.context = 1"
-            )
+        contexts = {"parallel.context": config.parallel.context}
+        for index, growth in enumerate(config.growth):
+            contexts[f"growth[{index}].parallel.context"] = (growth.parallel and growth.parallel.context) or 1
+        for key, size in contexts.items():
+            if size > 1:
+                problems.append(f"{key} = {size}: needs Transformer Engine, {remedy} set {key} = 1")
         if config.model.backend == "transformer_engine":
             problems.append(
                 f'model.backend = "transformer_engine": needs Transformer Engine, {remedy} set model.backend = "auto"'

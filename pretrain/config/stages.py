@@ -1,4 +1,4 @@
-"""The stages of a run: its model and layout before, between and after its growth points.
+"""The stages of a run: its model and layout before, between and after its growth points; and growth points in words.
 
 Pure arithmetic on configurations. What the entries of a grown tensor are stands in `pretrain.growth`.
 """
@@ -9,8 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.config.growth import WIDTH_AXES, DepthGrowth, ExpertGrowth, GrowthConfig, WidthGrowth
+from pretrain.config.growth import WIDTH_AXES, DepthGrowth, ExpertGrowth, GrowthConfig, RewarmConfig, WidthGrowth
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig
+
+BUFFER_BYTES = 64 << 20
+"""Largest size of each of the two buffers, one to send and one to receive, through which values move between ranks at a
+growth. Here, where no torch is needed, because the plan counts them."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,74 @@ def preserves_function(growth: GrowthConfig) -> bool:
     return widths and depth and experts
 
 
+def describe_growth(model: ModelConfig, growth: GrowthConfig) -> str:
+    """What grows and how, of the `model` that a growth finds: `layers 4 -> 8 (interpose), hidden 128 -> 256 (copy)`."""
+    grown, parts = grown_model(model, growth), []
+    if growth.depth:
+        parts.append(f"layers {model.num_layers} -> {grown.num_layers} ({_describe_depth(growth.depth)})")
+    if growth.experts:
+        how = _describe_experts(growth.experts, model.top_k, grown.top_k)
+        parts.append(f"experts {model.num_experts} -> {grown.num_experts} ({how})")
+    for name, width in growth.widths.items():
+        before, after = axis_size(model, name), axis_size(grown, name)
+        parts.append(f"{name.replace('_', ' ')} {before} -> {after} ({_describe_width(width)})")
+    return ", ".join(parts)
+
+
+def describe_state(growth: GrowthConfig) -> str:
+    """What the optimizer keeps at a growth."""
+    return {
+        "asymmetric": "old entries keep their state, new ones start at zero",
+        "reset": "all entries start at zero, the step count too",
+        "copy": "old entries keep their state, new ones get their source's",
+        "exact": "copies share their source's state such that training goes on as before",
+    }[growth.optimizer_state]
+
+
+def describe_rewarm(rewarm: RewarmConfig | None) -> str:
+    """What the learning rate does after a growth."""
+    if rewarm is None:
+        return "goes on as before"
+    return (
+        f"of {rewarm.entries} entries from {rewarm.start:g} to {rewarm.ratio:g} times its value here in "
+        f"{rewarm.steps} steps, then a curve of its own to the end"
+    )
+
+
+def axis_size(model: ModelConfig, name: str) -> int:
+    """Size of the axis that a width key, one of WIDTH_AXES, grows; 0 if the model has none."""
+    size: int = model.query_groups if name == "query_groups" else getattr(model, WIDTH_AXES[name][1])
+    return size
+
+
+def _describe_depth(depth: DepthGrowth) -> str:
+    words: list[str] = [depth.method]
+    if depth.keep_first or depth.keep_last:
+        words.append(f"first {depth.keep_first} and last {depth.keep_last} once")
+    if depth.identity:
+        words.append("identity at the start")
+    return ", ".join(words)
+
+
+def _describe_experts(experts: ExpertGrowth, top_k: int, new_top_k: int) -> str:
+    words = [f"top-k {top_k} -> {new_top_k}" if new_top_k != top_k else f"top-k {top_k} held"]
+    if experts.order == "interleave":
+        words.append("interleaved")
+    if experts.utility:
+        words.append("chosen by gradients")
+    if experts.exact_start:
+        words.append("copies out of reach at the start")
+    words += [f"noise {experts.noise:g}"] if experts.noise else []
+    words += [f"bias noise {experts.bias_noise:g}"] if experts.bias_noise else []
+    return ", ".join(words)
+
+
+def _describe_width(width: WidthGrowth) -> str:
+    words = [f"{width.init} {width.split:g} : {1 - width.split:g}" if width.split else width.init]
+    words += [f"noise {width.noise:g}"] if width.noise else []
+    return ", ".join(words)
+
+
 def _deeper(model: ModelConfig, depth: DepthGrowth) -> dict[str, object]:
     sources = layer_sources(model.num_layers, depth)
     changes: dict[str, object] = {"num_layers": len(sources)}
@@ -122,7 +194,8 @@ def _deeper(model: ModelConfig, depth: DepthGrowth) -> dict[str, object]:
 
 def _dense_layers(is_moe: Sequence[bool]) -> dict[str, object]:
     """The keys that say which layers are dense."""
-    first = is_moe.index(True)
+    # A model without any layer of experts breaks a rule, which is told beside the others.
+    first = is_moe.index(True) if True in is_moe else len(is_moe)
     return {
         "first_dense_layers": first,
         "dense_layers": tuple(layer for layer in range(first, len(is_moe)) if not is_moe[layer]),
@@ -153,9 +226,8 @@ def _wider(model: ModelConfig, name: str, width: WidthGrowth) -> dict[str, objec
         groups = wider_size(model.query_groups, width)
         heads = model.num_attention_heads // model.query_groups * groups
         return {"num_query_groups": groups, "num_attention_heads": heads, "head_dim": model.channels}
-    key = WIDTH_AXES[name][1]
-    size: int = getattr(model, key)
-    changes: dict[str, object] = {key: wider_size(size, width)}
+    size = axis_size(model, name)
+    changes: dict[str, object] = {WIDTH_AXES[name][1]: wider_size(size, width)}
     if name == "hidden":
         changes["head_dim"] = model.channels
         if model.tie_embeddings:
