@@ -125,6 +125,72 @@ def test_all_problems_are_told_at_once(config: Path, capsys: pytest.CaptureFixtu
     assert contents(config.parent) == before
 
 
+# Growth: refused by `plan` and by `train`, before anything is made. The model has 2 layers, hidden size 32, 4 experts
+# of width 32 with top-k 2, 4 heads in 2 groups; the run 6 steps, the first 2 of them warm-up.
+
+GROWTHS = [
+    "{at_step=3, depth={method='stack'}}",
+    "{at_step=3, experts={}, parallel={expert=4}, optimizer_state='reset'}",
+    "{at_step=3, experts={top_k='hold', exact_start=true}}",
+    "{at_step=3, hidden={}, expert_ffn={}, rewarm={steps=2}}",
+    "{at_step=3, query_groups={}}, {at_tokens=1025, hidden={factor=1.5}}",
+]
+
+GROWTH_PROBLEMS = [
+    ("{depth={method='stack'}}", "growth[0].at_step = 0, growth[0].at_tokens = 0: exactly one of them must be given;"),
+    ("{at_step=6, depth={}}", "growth[0].at_step = 6: must come before the end of the budget, step 6;"),
+    (
+        "{at_step=4, query_groups={}}, {at_tokens=1024, hidden={}}",
+        "growth[1].at_tokens = 1024 (step 4): must come after",
+    ),
+    ("{at_step=3}", "growth[0]: nothing grows; give it depth, experts,"),
+    ("{at_step=3, depht={}}", "[growth[0].depht]: unknown section; did you mean [growth.depth]?"),
+    ("{at_step=3, depth={method='stck'}}", 'growth[0].depth.method = "stck": must be "interpose" or "stack"; did you'),
+    ("{at_step=3, depth={factor=1}}", "growth[0].depth.factor = 1: must be at least 2; raise it"),
+    ("{at_step=3, hidden={factor=1}}", "growth[0].hidden.factor = 1: must be more than 1; raise it"),
+    ("{at_step=3, experts={top_k=4}}", 'growth[0].experts.top_k = 4: must be "double" or "hold"; choose one'),
+    ("{at_step=3, depth={keep_first=2}}", "growth[0].depth.keep_first + keep_last = 2: leaves none of the 2 layers"),
+    ("{at_step=3, experts={exact_start=true}}", 'growth[0].experts.exact_start: only for top_k = "hold"; leave it out'),
+    ("{at_step=3, hidden={factor=3}}", "growth[0].hidden.factor = 3.0: several copies of one channel would stay equal"),
+    ("{at_step=3, hidden={factor=1.3}}", "growth[0].hidden.factor = 1.3: 32 times that is no larger whole number; use"),
+    ("{at_step=3, ffn={}}", "growth[0].ffn: the model has no such axis (model.ffn_size = 0); leave it out"),
+    (
+        "{at_step=1, hidden={}, rewarm={steps=2}}",
+        "growth[0].at_step = 1: growth[0].rewarm starts from the learning rate",
+    ),
+    ("{at_step=3, hidden={}, rewarm={steps=3}}", "growth[0].rewarm.steps = 3: must end before the budget, which has 3"),
+    ("{at_step=3, experts={}, optimizer_state='exact'}", 'growth[0].optimizer_state = "exact": known only for experts'),
+    (
+        "{at_step=3, experts={}, parallel={expert=3}}",
+        "after growth[0], experts 4 -> 8 (top-k 2 -> 4, noise 0.01): parallel.expert = 3: must divide "
+        "model.num_experts = 8; use growth[0].parallel.expert = 2, or change the growth",
+    ),
+]
+
+
+@pytest.mark.parametrize(("growth", "problem"), GROWTH_PROBLEMS)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_problem_of_growth(
+    config: Path, capsys: pytest.CaptureFixture[str], command: str, growth: str, problem: str
+) -> None:
+    before = contents(config.parent)
+    assert cli.main([command, str(config), "--set", f"growth=[{growth}]"]) == 2
+    head, *lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"error: {len(lines)} problems? in {config}:", head)
+    assert sum(line.startswith(f"  {problem}") for line in lines) == 1, lines
+    assert len(lines) == 1 or "parallel" in growth  # on one rank, experts do not fit on three
+    assert contents(config.parent) == before
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_growth_without_a_problem(config: Path, capsys: pytest.CaptureFixture[str], growth: str) -> None:
+    """The passing counterpart of the ones above."""
+    assert cli.main(["plan", str(config), "--set", f"growth=[{growth}]"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.count("\nGrowth at step ") == growth.count("at_")
+
+
 def test_the_world_size_of_the_launcher_counts(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from pretrain.config.load import load_config
+from pretrain.config.stages import BUFFER_BYTES
 from pretrain.errors import ConfigError
+from pretrain.model.counts import count_flops, count_parameters
 from pretrain.plan import binary_bytes, format_plan, make_plan, quantity, scientific
 from tests.helpers.configs import DENSE, MOE, make_config
 
@@ -17,6 +21,15 @@ LAYOUT = {
     "batch.global_batch_size": 24,
     "batch.micro_batch_size": 2,
 }
+
+# Depth at 3 of 10 steps; experts, on another layout, at the 7th.
+GROWTH = {
+    "growth": [
+        {"at_step": 3, "depth": {}, "rewarm": {"steps": 2}},
+        {"at_tokens": 7 * 256 - 1, "experts": {}, "optimizer_state": "reset", "parallel": {"expert": 4, "pipeline": 2}},
+    ]
+}
+MODELS = Path(__file__).parents[1] / "configs" / "models"
 
 
 def test_numbers_by_hand():
@@ -81,6 +94,172 @@ def test_text_describes_the_rarer_parts_of_a_model():
     changes = {"model.first_dense_layers": 1, "model.ffn_size": 48, "model.shared_expert_ffn_size": 24}
     text = format_plan(make_plan(make_config(MOE, changes)))
     assert "shared expert of ffn 24, first 1 layers dense with ffn 48" in text
+
+
+def test_stages_by_hand():
+    config = make_config(MOE, GROWTH)
+    plan = make_plan(config)
+    assert plan.world_size == 8
+    assert [(stage.start_step, stage.steps, stage.tokens) for stage in plan.stages] == [
+        (0, 3, 3 * 256),
+        (3, 4, 4 * 256),
+        (7, 3, 3 * 256),
+    ]
+    assert (plan.steps, plan.tokens) == (10, 2560)
+    assert [stage.shape["num_layers"] for stage in plan.stages] == [4, 8, 8]
+    assert [stage.shape["num_experts"] for stage in plan.stages] == [8, 8, 16]
+    assert [stage.layout.data_parallel for stage in plan.stages] == [8, 8, 4]
+    assert [stage.layout.experts_per_rank for stage in plan.stages] == [8, 8, 4]
+    changes_so_far = ({}, {"num_layers": 8}, {"num_layers": 8, "num_experts": 16, "top_k": 4})
+    for stage, changes in zip(plan.stages, changes_so_far, strict=True):
+        model = config.model.model_copy(update=changes)
+        assert stage.parameters == count_parameters(model)
+        assert stage.total_flops == count_flops(model, 32).per_token * stage.tokens
+        assert stage.total_flops_6nd == 6 * count_parameters(model).active * stage.tokens
+    first, second, third = (stage.growth for stage in plan.stages)
+    assert first is None
+    assert second.grows == "layers 4 -> 8 (interpose)"
+    assert third.grows == "experts 8 -> 16 (top-k 2 -> 4, noise 0.01)"
+    assert (second.preserves_function, third.preserves_function) == (False, True)
+    assert second.optimizer_state != third.optimizer_state
+    assert "1.3 times" in second.rewarm
+    assert third.rewarm == "goes on as before"
+
+
+def test_flops_are_a_ledger_over_the_stages():
+    """Neither tokens times the last model, nor times the first; these are the negative controls."""
+    plan = make_plan(make_config(MOE, GROWTH))
+    assert plan.total_flops == sum(stage.total_flops for stage in plan.stages)
+    assert plan.total_flops_6nd == sum(stage.total_flops_6nd for stage in plan.stages)
+    first, *_, last = plan.stages
+    assert first.flops.per_token * plan.tokens < plan.total_flops < last.flops.per_token * plan.tokens
+    assert plan.scratch_flops == last.flops.per_token * plan.tokens
+    assert plan.saved == 1 - plan.total_flops / plan.scratch_flops
+    n = [stage.parameters.active for stage in plan.stages]
+    assert plan.saved_6nd == pytest.approx(1 - (0.3 * n[0] + 0.4 * n[1] + 0.3 * n[2]) / n[2], rel=1e-12)
+    alone = make_plan(make_config(MOE))
+    assert (alone.saved, alone.saved_6nd) == (0, 0)
+    assert (alone.scratch_flops, alone.scratch_flops_6nd) == (alone.total_flops, alone.total_flops_6nd)
+
+
+# Table 2 of arXiv 2602.02472: compute of the grown run at 50 % of 200B tokens, and the share saved; growing the expert
+# width twice, from 256 at 25 % and 50 %, is in its appendix O.
+@pytest.mark.parametrize(
+    ("model", "points", "compute", "saved"),
+    [
+        ({}, [{"at_tokens": 100e9, "expert_ffn": {}}], 7.21e20, 20.0),
+        ({}, [{"at_tokens": 100e9, "hidden": {}}], 8.10e20, 25.0),
+        ({}, [{"at_tokens": 100e9, "hidden": {}, "expert_ffn": {}}], 11.70e20, 35.0),
+        (
+            {"expert_ffn_size": 256},
+            [{"at_tokens": 50e9, "expert_ffn": {}}, {"at_tokens": 100e9, "expert_ffn": {}}],
+            6.75e20,
+            25.0,
+        ),
+    ],
+)
+def test_compute_saved_is_that_of_the_paper(model, points, compute, saved):
+    raw = load_config(MODELS / "sparkling-small.toml").model_dump(exclude_none=True)
+    raw |= {"model": raw["model"] | model, "growth": points}
+    plan = make_plan(make_config(raw))
+    assert plan.total_flops_6nd == pytest.approx(compute, rel=0.002)
+    assert 100 * plan.saved_6nd == pytest.approx(saved, abs=0.15)  # the paper prints whole per cent
+    # What the convention leaves out, attention above all, does not grow, or not as much.
+    assert plan.saved < plan.saved_6nd - 0.01
+
+
+def test_compute_of_the_chain_from_17b_to_70b():
+    """arXiv 2510.08008 counts 7.0e21 FLOPs up to the first growth, and reads 6.5e21 for the second stage."""
+    plan = make_plan(load_config(MODELS / "orthogonal-17b-to-70b.toml"))
+    first, second, _ = plan.stages
+    assert first.total_flops == pytest.approx(7.0e21, rel=0.03)
+    assert second.total_flops == pytest.approx(6.5e21, rel=0.03)
+    assert first.total_flops_6nd == pytest.approx(6 * 2.176e9 * 600e9, rel=1e-3)
+    # 1.6e22 in all; its last stage was 2.8e21, less than 100B tokens of the counts that are printed.
+    assert plan.total_flops == pytest.approx(1.6e22, rel=0.08)
+
+
+def test_memory_while_growing():
+    plan = make_plan(make_config(MOE, {**GROWTH, "run.precision": "bf16"}), world_size=8)
+    first, second, third = plan.stages
+    memory = second.growth.memory
+    # One pipeline rank: that of the stages. Both models, and two buffers that are not larger than what they take.
+    assert (memory.old_weights, memory.old_optimizer) == (first.memory.weights, first.memory.optimizer)
+    assert (memory.new_weights, memory.new_optimizer) == (second.memory.weights, second.memory.optimizer)
+    assert memory.buffers == 2 * (memory.new_weights + memory.new_optimizer) < 2 * BUFFER_BYTES
+    held = first.memory.weights + first.memory.optimizer + 3 * (second.memory.weights + second.memory.optimizer)
+    assert memory.total == held
+    assert third.growth.memory.old_weights == memory.new_weights
+
+
+def test_memory_while_growing_takes_no_buffers_on_one_rank():
+    growth = {"growth": [{"at_step": 3, "depth": {}}]}
+    one, two = (make_plan(make_config(DENSE, growth), size).stages[1].growth.memory for size in (1, 2))
+    assert one.buffers == 0 < two.buffers
+    large = make_plan(load_config(MODELS / "sparkling-grown.toml"), 64)
+    assert large.stages[1].growth.memory.buffers == 2 * BUFFER_BYTES
+
+
+def test_memory_while_growing_is_of_the_rank_that_holds_the_most():
+    """Here the second pipeline rank, which has the experts; the first has the most activations, and so the most."""
+    changes = {"model.vocab_size": 4, "model.first_dense_layers": 2, "model.ffn_size": 8, "parallel.pipeline": 2}
+    changes |= {"batch.micro_batch_size": 8, "batch.global_batch_size": 64, "batch.sequence_length": 4096}
+    first, second = make_plan(make_config(MOE, {**changes, "growth": GROWTH["growth"][:1]})).stages
+    assert first.memory.pipeline_rank == 0
+    assert second.growth.memory.old_weights > first.memory.weights
+
+
+def test_the_transfer_has_buffers_of_the_planned_size():
+    from pretrain.growth import pull
+
+    assert pull.BUFFER_BYTES == BUFFER_BYTES
+
+
+def test_json_holds_growth():
+    plan = make_plan(make_config(MOE, GROWTH))
+    read = json.loads(json.dumps(plan.to_json()))
+    assert [stage["start_step"] for stage in read["stages"]] == [0, 3, 7]
+    assert read["stages"][0]["growth"] is None
+    growth = read["stages"][2]["growth"]
+    assert growth["grows"] == plan.stages[2].growth.grows
+    assert growth["preserves_function"] is True
+    assert growth["memory"]["total"] == plan.stages[2].growth.memory.total == sum(growth["memory"].values()) / 2
+    assert read["stages"][2]["memory"]["total"] == plan.stages[2].memory.total
+    assert read["saved_6nd"] == plan.saved_6nd
+    assert read["scratch_flops"] == plan.scratch_flops
+
+
+def test_text_of_several_stages():
+    plan = make_plan(make_config(MOE, GROWTH))
+    text = format_plan(plan)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 120
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    cells = [line.split() for line in text.splitlines()]
+    assert ["stage", "1", "stage", "2", "stage", "3"] in cells
+    assert ["from", "step", "0", "3", "7"] in cells
+    assert ["num_layers", "4", "8", "8"] in cells
+    assert ["pipeline", "1", "1", "2"] in cells
+    assert ["total", *(f"{stage.parameters.total:,}" for stage in plan.stages)] in cells
+    assert "Growth at step 3, 768 tokens" in text
+    for stage in plan.stages[1:]:
+        memory = binary_bytes(stage.growth.memory.total)
+        assert ["memory", "per", "rank", *memory.split()] in [row[: 3 + len(memory.split())] for row in cells]
+        assert stage.growth.grows in text
+        assert stage.growth.rewarm in text
+        assert stage.growth.optimizer_state in text
+    assert ["saved", f"{100 * plan.saved:.1f}", "%", f"{100 * plan.saved_6nd:.1f}", "%"] in cells
+    assert ["final", "size", "from", "scratch", scientific(plan.scratch_flops)] in [row[:5] for row in cells]
+
+
+def test_text_of_parts_that_only_some_stages_have():
+    """Stacking makes dense layers behind others; the words of one stage say so, too."""
+    changes = {"model.first_dense_layers": 1, "model.ffn_size": 48}
+    growth = [{"at_step": 3, "depth": {"method": "stack"}}]
+    text = format_plan(make_plan(make_config(MOE, {**changes, "growth": growth, "parallel.pipeline_chunks": 1})))
+    assert ["dense_layers", "-", "1"] in [line.split() for line in text.splitlines()]
+    alone = format_plan(make_plan(make_config(MOE, {**changes, "model.dense_layers": [2]})))
+    assert "first 1 layers dense with ffn 48, 1 further layers dense" in alone
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,19 @@
+"""What a run will be, before it runs: every derived number of a configuration on a given number of ranks.
+
+Needs neither torch nor megatron-core nor any device, so it answers in a second for any size.
+"""
+
+from pretrain.plan.numbers import GrowthMemory, GrowthPlan, Plan, StagePlan, make_plan
+from pretrain.plan.text import binary_bytes, format_plan, quantity, scientific
+
+__all__ = [
+    "GrowthMemory",
+    "GrowthPlan",
+    "Plan",
+    "StagePlan",
+    "binary_bytes",
+    "format_plan",
+    "make_plan",
+    "quantity",
+    "scientific",
+]
