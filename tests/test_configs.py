@@ -1,6 +1,7 @@
 """Every shipped configuration loads and plans, and the shapes of the papers have their published counts."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,35 @@ def test_says_what_it_is_and_how_to_run_it(path):
 
 def test_the_folder_is_complete():
     wanted = {"demo.toml", "debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
-    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE]
+    wanted |= {f"growth/{name}.toml" for name in GROWTH}
+    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
+
+
+# What each of the demo's growths makes of it: key -> factor at each point.
+GROWTH = {
+    "depth": [{"num_layers": 2}],
+    "experts": [{"num_experts": 2, "top_k": 2}],
+    "width": [{"hidden_size": 2, "expert_ffn_size": 2}],
+    "all": [{"num_layers": 2, "num_experts": 2, "top_k": 2}, {"hidden_size": 2, "expert_ffn_size": 2}],
+}
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_growth_of_the_demo(name):
+    config = load_config(CONFIGS / "growth" / f"{name}.toml")
+    plan = make_plan(config, 2)
+    for (before, after), factors in zip(pairwise(plan.stages), GROWTH[name], strict=True):
+        found = {key: size / before.shape[key] for key, size in after.shape.items() if size != before.shape[key]}
+        assert found == factors
+        assert f"-> {after.shape[next(iter(factors))]}" in after.growth.grows
+    layouts = {(stage.layout.expert, stage.layout.pipeline) for stage in plan.stages}
+    assert (len(layouts) > 1) is (name == "all")
+    demo = load_config(CONFIGS / "demo.toml")
+    assert config.run.directory != demo.run.directory
+    assert config.data == demo.data
+    # Minutes: 400 steps of a model with 1.1 M active parameters, which take four, are 1.2e13 FLOPs.
+    assert plan.total_flops < 1.5e13
 
 
 # arXiv 2602.02472, section 5: active / total as printed, 450M/2.56B, 751M/5B, 900M/5.13B and 1.5B/9.96B; one more
@@ -83,6 +111,26 @@ ORTHOGONAL = {
 def test_orthogonal(name):
     active, total = ORTHOGONAL[name]
     assert (round(counts(name).active / 1e9, 2), round(counts(name).total / 1e9, 2)) == (active, total)
+
+
+# Runs that grow from one of these shapes to others: what they pass through, and the share of compute saved as the
+# papers count it (35 % in table 2 of arXiv 2602.02472).
+GROWN = {
+    "sparkling-grown": (["sparkling-small", "sparkling-joint"], "35.0 %"),
+    "orthogonal-17b-to-70b": (["orthogonal-17b", "orthogonal-35b", "orthogonal-70b"], "48.2 %"),
+}
+
+
+@pytest.mark.parametrize("name", GROWN)
+def test_grown(name):
+    shapes, saved = GROWN[name]
+    plan = make_plan(load_config(CONFIGS / "models" / f"{name}.toml"))
+    assert [stage.parameters for stage in plan.stages] == [counts(shape) for shape in shapes]
+    assert f"{100 * plan.saved_6nd:.1f} %" == saved
+    totals, actives = (
+        " -> ".join(quantity(getattr(stage.parameters, key)) for stage in plan.stages) for key in ("total", "active")
+    )
+    assert f"| `{name}` | {totals} | {actives} | {saved} |" in (CONFIGS / "README.md").read_text()
 
 
 # arXiv 2602.11543: shared S, routed experts X and T = S + X of the released configurations, and active parameters, in
