@@ -209,12 +209,6 @@ def test_memory_while_growing_is_of_the_rank_that_holds_the_most():
     assert second.growth.memory.old_weights > first.memory.weights
 
 
-def test_the_transfer_has_buffers_of_the_planned_size():
-    from pretrain.growth import pull
-
-    assert pull.BUFFER_BYTES == BUFFER_BYTES
-
-
 def test_json_holds_growth():
     plan = make_plan(make_config(MOE, GROWTH))
     read = json.loads(json.dumps(plan.to_json()))

@@ -14,7 +14,8 @@ from pretrain.config.schema import Config, ModelConfig, ParallelConfig
 
 BUFFER_BYTES = 64 << 20
 """Largest size of each of the two buffers, one to send and one to receive, through which values move between ranks at a
-growth. Here, where no torch is needed, because the plan counts them."""
+growth: little beside a model. Two processes on a CPU took 0.35 s with 1 MiB, 0.22 s with 16 MiB, 0.20 s with 64 MiB and
+0.22 s with 128 MiB for 256 MiB to each other (best of 5, noise 10 %)."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.schema import Config
+from pretrain.config.stages import BUFFER_BYTES
 from pretrain.growth.maps import GrowthPoint, ages
-from pretrain.growth.pull import BUFFER_BYTES, Traffic
+from pretrain.growth.pull import Traffic
 from pretrain.growth.transplant import transplant
 from pretrain.model.shards import Shard
 from pretrain.optim.sharded import ShardedOptimizer

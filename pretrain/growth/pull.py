@@ -26,10 +26,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from pretrain.checkpoint.boxes import Box, lies_in, tiling_problem
 from pretrain.checkpoint.format import DTYPE_NAMES, DTYPES
 from pretrain.checkpoint.ranks import Ranks
-
-# Each of two buffers: little beside a model. Two processes on a CPU (256 MiB to each other, best of 5, noise 10%) took
-# 0.35 s with 1 MiB, 0.22 s with 16 MiB, 0.20 s with 64 MiB, 0.22 s with 128 MiB.
-BUFFER_BYTES = 64 << 20
+from pretrain.config.stages import BUFFER_BYTES
 
 # Bytes. A piece has to start at a multiple of its element size (8 at most) to be viewed as its dtype; GPUs copy in
 # units of up to 16.

@@ -16,8 +16,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from pretrain.checkpoint.ranks import Ranks
+from pretrain.config.stages import BUFFER_BYTES
 from pretrain.growth.maps import Extent, GrowthPoint, TensorMap
-from pretrain.growth.pull import BUFFER_BYTES, Traffic, Wanted, pull
+from pretrain.growth.pull import Traffic, Wanted, pull
 from pretrain.growth.values import Figures, Part, apply_fills, measure, needs_figures
 from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.optim.sharded import split_state_key, state_key
