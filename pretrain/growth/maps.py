@@ -27,6 +27,9 @@ Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Extent = tuple[int, ...]
 
+# Where fills of several axes meet, the later kind wins: noise is for copies, and what starts at zero starts at zero.
+FILL_ORDER = ("lower", "uniform", "noise", "random", "zero")
+
 # Axes that no growth touches.
 FIXED_AXES = ("vocab", "qkv_slot", "head_dim", "head_of_group", "gate_up")
 _WIDTH_OF_AXIS = {axis: name for name, (axis, _) in WIDTH_AXES.items()}
@@ -134,18 +137,25 @@ class TensorMap:
             per_axis.append([(t - start, s - low, n) for t, s, n in clipped if n > 0])
         for combination in product(*per_axis):
             into = box[tuple(slice(t, t + n) for t, _, n in combination)]
-            into.copy_(piece[tuple(slice(s, s + n) for _, s, n in combination)])
-            if factor is not None:
-                into.mul_(factor)
-            elif any(factors is not None for factors in self.factors):
-                self._scale(into, tuple(o + t for o, (t, _, _) in zip(offset, combination, strict=True)))
+            values = piece[tuple(slice(s, s + n) for _, s, n in combination)]
+            factors = self._factors_at(offset, combination) if factor is None else []
+            if factor is not None and factor != 1.0:
+                torch.mul(values.to(into.dtype), factor, out=into)
+            elif factors:
+                # One pass over the entries where there is one axis with factors, which is nearly always.
+                torch.mul(values.to(into.dtype), factors[0].to(into.device), out=into)
+                for more in factors[1:]:
+                    into.mul_(more.to(into.device))
+            else:
+                into.copy_(values)
 
-    def _scale(self, part: torch.Tensor, offset: Extent) -> None:
-        """Apply the factors to a part of the target that starts at `offset`."""
-        for dim, (factors, start) in enumerate(zip(self.factors, offset, strict=True)):
-            if factors is not None:
-                values = torch.from_numpy(factors[start : start + part.shape[dim]]).to(part.device)
-                part.mul_(values.view([-1 if d == dim else 1 for d in range(part.dim())]))
+    def _factors_at(self, offset: Extent, runs: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """The factors on the part of a box that `runs` say, per axis that has any, to be broadcast."""
+        return [
+            torch.from_numpy(factors[start + t : start + t + n]).view([-1 if d == dim else 1 for d in range(len(runs))])
+            for dim, (factors, start, (t, _, n)) in enumerate(zip(self.factors, offset, runs, strict=True))
+            if factors is not None
+        ]
 
 
 def _clip(run: tuple[int, int, int], low: int, high: int) -> tuple[int, int, int]:
@@ -229,7 +239,7 @@ class GrowthPoint:
             fills += _expert_fills(target, axes["expert"], experts)
         if is_new_layer and self._starts_as_identity(target):
             fills.append(Fill("zero", {}))
-        return fills
+        return sorted(fills, key=lambda fill: FILL_ORDER.index(fill.kind))
 
     def _starts_as_identity(self, target: LogicalTensor) -> bool:
         depth: DepthGrowth | None = self.config.depth
