@@ -27,7 +27,10 @@ def utility_due(config: Config, done: int, step: int) -> UtilityConfig | None:
 
 
 def add_scores(scores: Scores, shards: Sequence[Shard], num_experts: int) -> None:
-    """Add the squared gradient norm of every expert's weights (Expert Upcycling's ||g||^2). Collective."""
+    """Add the squared gradient norm of every expert's weights (Expert Upcycling's ||g||^2). Collective.
+
+    Gradients that are not finite, for which the optimizer skips the step, are passed over.
+    """
     layers = sorted(scores, key=int)
     norms = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=shards[0].tensor.device)
     for shard in shards:
@@ -37,6 +40,8 @@ def add_scores(scores: Scores, shards: Sequence[Shard], num_experts: int) -> Non
             first = shard.offset[0]
             norms[layers.index(str(shard.logical.layer)), first : first + shard.shape[0]] += squares
     dist.all_reduce(norms)
+    if not norms.isfinite().all():
+        return
     for layer, row in zip(layers, norms.tolist(), strict=True):
         scores[layer] = [old + new for old, new in zip(scores[layer], row, strict=True)]
 
