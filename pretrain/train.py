@@ -14,7 +14,7 @@ from pretrain.metrics.rows import TrainRow, ValidRow
 from pretrain.metrics.throughput import RunClock, memory_bytes, rates
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
-from pretrain.parallel.mesh import Meshes, destroy_mesh
+from pretrain.parallel.mesh import Meshes, forget_mesh
 from pretrain.parallel.routing_stats import (
     aux_losses,
     copy_selection_biases,
@@ -64,10 +64,14 @@ def started(config: Config) -> Iterator[Meshes]:
     if problems:
         raise ConfigError(problems)
     with distributed.joined() as device:
+        meshes = Meshes(device)
         try:
-            yield Meshes(device)
-        finally:
-            destroy_mesh()
+            yield meshes
+        except BaseException:
+            # Other ranks may be anywhere: nothing that they would have to do, too.
+            forget_mesh()
+            raise
+        meshes.close()
 
 
 def is_due(every_steps: int, state: TrainState, config: Config) -> bool:

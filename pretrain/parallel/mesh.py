@@ -79,9 +79,20 @@ def build_mesh(parallel: ParallelConfig, device: torch.device) -> Mesh:
     return Mesh(ProcessGroupCollection.use_mpu_process_groups(), parallel, device)
 
 
-def destroy_mesh() -> None:
-    """Forget the layout, so that another one can be built in the same processes."""
+def forget_mesh() -> None:
+    """Let another layout be built in the same processes."""
     parallel_state.destroy_model_parallel()
+
+
+def destroy_mesh() -> None:
+    """Forget the layout and end its process groups, on all ranks together.
+
+    megatron-core drops them without ending them: each would keep its threads, and on a GPU its communicator's memory.
+    """
+    groups = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    forget_mesh()
+    for group in groups:
+        dist.destroy_process_group(group)
 
 
 @dataclass
@@ -94,10 +105,15 @@ class Meshes:
     def of(self, parallel: ParallelConfig) -> Mesh:
         """The mesh of a layout: the current one, if it is that. Collective."""
         if self.current is None or self.current.config != parallel:
-            if self.current:
-                destroy_mesh()
+            self.close()
             self.current = build_mesh(parallel, self.device)
         return self.current
+
+    def close(self) -> None:
+        """End the current layout. Collective."""
+        if self.current:
+            destroy_mesh()
+        self.current = None
 
 
 @contextmanager
@@ -106,5 +122,8 @@ def mesh_of(parallel: ParallelConfig, device: torch.device) -> Iterator[Mesh]:
     mesh = build_mesh(parallel, device)
     try:
         yield mesh
-    finally:
-        destroy_mesh()
+    except BaseException:
+        # Other ranks may be anywhere: nothing that they would have to do, too.
+        forget_mesh()
+        raise
+    destroy_mesh()
