@@ -44,33 +44,33 @@ def test_says_what_it_is_and_how_to_run_it(path):
 
 
 def test_the_folder_is_complete():
-    wanted = {"demo.toml", "debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
-    wanted |= {f"growth/{name}.toml" for name in GROWTH}
+    wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
+    wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml"}
     shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
 
 
-# What each of the demo's growths makes of it: key -> factor at each point.
+# What the growths of the demo's model make of it: key -> factor at each point.
 GROWTH = {
-    "depth": [{"num_layers": 2}],
-    "experts": [{"num_experts": 2, "top_k": 2}],
-    "width": [{"hidden_size": 2, "expert_ffn_size": 2}],
-    "all": [{"num_layers": 2, "num_experts": 2, "top_k": 2}, {"hidden_size": 2, "expert_ffn_size": 2}],
+    "demo": [{"hidden_size": 2, "expert_ffn_size": 2}],
+    "growth/depth": [{"num_layers": 2}],
+    "growth/experts": [{"num_experts": 2, "top_k": 2}],
+    "growth/all": [{"num_layers": 2, "num_experts": 2, "top_k": 2}, {"hidden_size": 2, "expert_ffn_size": 2}],
 }
 
 
 @pytest.mark.parametrize("name", GROWTH)
 def test_growth_of_the_demo(name):
-    config = load_config(CONFIGS / "growth" / f"{name}.toml")
+    config = load_config(CONFIGS / f"{name}.toml")
     plan = make_plan(config, 2)
     for (before, after), factors in zip(pairwise(plan.stages), GROWTH[name], strict=True):
         found = {key: size / before.shape[key] for key, size in after.shape.items() if size != before.shape[key]}
         assert found == factors
         assert f"-> {after.shape[next(iter(factors))]}" in after.growth.grows
     layouts = {(stage.layout.expert, stage.layout.pipeline) for stage in plan.stages}
-    assert (len(layouts) > 1) is (name == "all")
+    assert (len(layouts) > 1) is (name == "growth/all")
     demo = load_config(CONFIGS / "demo.toml")
-    assert config.run.directory != demo.run.directory
+    assert (config.run.directory == demo.run.directory) is (name == "demo")
     assert config.data == demo.data
     # Minutes: 400 steps of a model with 1.1 M active parameters, which take four, are 1.2e13 FLOPs.
     assert plan.total_flops < 1.5e13
