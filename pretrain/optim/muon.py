@@ -69,15 +69,13 @@ class Muon:
         steps = self._config.newton_schulz_steps
         return sum(newton_schulz_flops((b.shape[0], b.shape[1], b.shape[2]), steps) for b in batches) // ranks
 
-    def update(self, slots: list[Slot], grads: list[torch.Tensor], *, lr_ratio: float, step: int) -> None:
+    def update(self, slots: list[Slot], grads: list[torch.Tensor], *, lr_ratios: Sequence[float], step: int) -> None:
         """One Muon update; collective over the tensor-parallel groups, whose ranks own parts of the same tensors."""
         momenta = [slot.state["momentum"] for slot in slots]
         torch._foreach_mul_(momenta, self._config.momentum)
         torch._foreach_add_(momenta, grads)
         for slot, update in self._updates(slots, grads):
-            lr = slot.route.lr * lr_ratio
-            slot.master.mul_(1 - lr * slot.route.weight_decay)
-            slot.shard.view(slot.master).add_(update, alpha=-lr)
+            slot.apply(update, lr_ratios)
 
     def _updates(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor]) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Every slot with its scaled orthogonalised direction, as a logical box. Lazy: few are in memory at once."""

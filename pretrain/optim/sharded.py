@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from pretrain.config.schema import OptimConfig
 from pretrain.errors import CheckpointError
 from pretrain.model.shards import Shard
+from pretrain.optim.ages import Ages, Block, blocks
 from pretrain.optim.clip import clip_, global_norm
 from pretrain.optim.exchange import check_same, spread
 from pretrain.optim.muon import Muon
@@ -29,6 +30,7 @@ from pretrain.optim.routing import RuleName, describe_routes, route
 from pretrain.optim.rules import AdamW, Rule, Slot
 
 FP32_BYTES = 4
+STATE_PREFIX = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,41 @@ def make_rules(config: OptimConfig, groups: ProcessGroupCollection) -> dict[Rule
     return {"adamw": AdamW(config), "muon": Muon(config.muon, groups)}
 
 
+def state_key(name: str, key: str) -> str:
+    """Key of the state `name`, e.g. `exp_avg`, of the weight `key`."""
+    return f"{STATE_PREFIX}{name}.{key}"
+
+
+def split_state_key(text: str) -> tuple[str | None, str]:
+    """(name of the state, key of the weight) of a `state_key`; (None, `text`) if it is the key of a weight itself."""
+    if not text.startswith(STATE_PREFIX):
+        return None, text
+    name, key = text.removeprefix(STATE_PREFIX).split(".", 1)
+    return name, key
+
+
 class ShardedOptimizer:
     """AdamW or Muon over this rank's shards, with state sharded over the data-parallel ranks.
 
     shards: all shards of this rank; those of buffers that are not trained are left alone.
     groups: of its fields, `tp` and `dp_cp` serve dense weights, `expt_tp` and `expt_dp` experts. A group may be None
     when torch.distributed is not initialised. All ranks build the optimizer together.
+    ages: which growth brought an entry in; None: none did.
 
     Gradients are read from `main_grad` of the parameter, or from `grad`: fully reduced, the same on all data-parallel
     ranks. Clipping scales those of owned shards in place.
     """
 
-    def __init__(self, shards: Sequence[Shard], config: OptimConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        config: OptimConfig,
+        groups: ProcessGroupCollection,
+        *,
+        ages: Ages | None = None,
+    ) -> None:
         self._config = config
+        self._ages = ages
         self._rules = make_rules(config, groups)
         self._shards = [shard for shard in shards if shard.logical.trainable]
         assert len({(s.key, s.offset) for s in self._shards}) == len(self._shards), "a box is listed twice"
@@ -90,11 +114,14 @@ class ShardedOptimizer:
         self._steps = 0
 
     @torch.no_grad()
-    def step(self, lr_ratio: float) -> StepResult:
-        """One update with every peak learning rate times `lr_ratio`.
+    def step(self, lr_ratio: float, newer: Sequence[float] = ()) -> StepResult:
+        """One update with every peak learning rate times `lr_ratio`, or newer[n - 1] for entries of the n-th growth.
 
         Collective over all ranks. If the global gradient norm is not finite, nothing changes on any rank.
         """
+        lr_ratios = (lr_ratio, *newer)
+        newest = max((block.age for slot in self._slots for block in slot.blocks), default=0)
+        assert newest <= len(newer), f"entries of growth {newest}, but learning rates of {len(newer)} growths only"
         grads = [_gradient(slot.shard) for slot in self._slots]
         counted = [grad for slot, grad in zip(self._slots, grads, strict=True) if slot.shard.counts_in_norm]
         norm = global_norm(counted, self._device)
@@ -106,7 +133,7 @@ class ShardedOptimizer:
             mine = [i for i, slot in enumerate(self._slots) if slot.route.rule == name]
             if mine:
                 slots = [self._slots[i] for i in mine]
-                rule.update(slots, [grads[i] for i in mine], lr_ratio=lr_ratio, step=self._steps)
+                rule.update(slots, [grads[i] for i in mine], lr_ratios=lr_ratios, step=self._steps)
         self._publish()
         return StepResult(norm, clipped=clipped, skipped=False)
 
@@ -117,10 +144,24 @@ class ShardedOptimizer:
         main replica, the owner's; copies by tensor or pipeline parallelism are listed as further replicas.
         """
         return [
-            _located(slot.shard, tensor, f"optimizer.{name}.{slot.shard.key}")
+            _located(slot.shard, tensor, state_key(name, slot.shard.key))
             for slot in self._slots
             for name, tensor in _tensors(slot).items()
         ]
+
+    def whole_state(self) -> list[ShardedTensor]:
+        """What makes up the model and its training, in fp32, to be read or filled in place when the model grows.
+
+        Of each weight this rank owns: the weight itself (its master if it has one) under its own key, and the states
+        under their `state_key`, with replicas as in `named_state`. `load_finished` makes the parameters follow.
+        """
+        weights = [_located(slot.shard, slot.master, slot.shard.key) for slot in self._slots]
+        states = [
+            _located(slot.shard, tensor, state_key(name, slot.shard.key))
+            for slot in self._slots
+            for name, tensor in slot.state.items()
+        ]
+        return [*weights, *states]
 
     def state_dict(self) -> dict[str, Any]:
         """What is no tensor: the kind and the number of updates so far. JSON types only."""
@@ -137,7 +178,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def load_finished(self) -> None:
-        """Bring the parameters of all ranks in line with masters filled through `named_state`. Collective."""
+        """Bring the parameters of all ranks in line with masters filled in place. Collective."""
         self._publish()
 
     def state_bytes(self) -> int:
@@ -187,7 +228,12 @@ class ShardedOptimizer:
         chosen = route(shard.logical, self._config)
         master = parameter.float() if _has_master(shard) else parameter
         state = {name: torch.zeros_like(master) for name in self._rules[chosen.rule].state_names}
-        return Slot(shard, chosen, master, state)
+        return Slot(shard, chosen, master, state, self._blocks(shard))
+
+    def _blocks(self, shard: Shard) -> tuple[Block, ...]:
+        if self._ages is None:
+            return (Block(0, tuple(slice(0, size) for size in shard.shape)),)
+        return tuple(blocks(self._ages(shard.logical), shard.offset, shard.shape))
 
 
 def _has_master(shard: Shard) -> bool:

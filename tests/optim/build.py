@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -114,6 +116,26 @@ def boxes(shards: list[Shard]) -> dict[str, torch.Tensor]:
 def part_of(shard: Shard, full: torch.Tensor) -> torch.Tensor:
     """What a rank with `shard` holds of an unsharded tensor."""
     return full[_slices(shard.offset, shard.shape)]
+
+
+def grown_twice(logical: LogicalTensor) -> list[np.ndarray]:
+    """Ages of a model whose width grew first, then its experts (interleaved) and attention, and layer 0 with them."""
+    vectors = [np.zeros(size, dtype=np.int64) for size in logical.shape]
+    for axis, vector in zip(logical.axes, vectors, strict=True):
+        if axis in ("hidden", "expert_ffn", "shared_ffn"):
+            vector[len(vector) // 2 :] = 1
+        elif axis == "expert":
+            vector[1::2] = 2
+        elif axis == "kv_group":
+            vector[3:] = 2
+    if logical.layer == 0:
+        vectors[0][:] = 2
+    return vectors
+
+
+def ages_of_entries(vectors: Sequence[np.ndarray]) -> torch.Tensor:
+    """The age of every entry, the slow way: a tensor of the whole shape."""
+    return torch.from_numpy(functools.reduce(np.maximum.outer, vectors))
 
 
 def make_groups(layout: Layout) -> ProcessGroupCollection:

@@ -7,20 +7,33 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.config.schema import MuonConfig, OptimConfig
-from pretrain.model.logical import logical_tensors
+from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.shards import Shard
 from pretrain.optim import exchange
+from pretrain.optim.ages import Ages
 from pretrain.optim.exchange import check_same, map_whole, spread
 from pretrain.optim.muon import orthogonalise
 from pretrain.optim.sharded import ShardedOptimizer
 from tests.helpers.distributed import run_ranks
-from tests.optim.build import MOE, Layout, boxes, full_value, here, make_groups, make_shards, part_of, set_grads
+from tests.optim.build import (
+    MOE,
+    Layout,
+    boxes,
+    full_value,
+    grown_twice,
+    here,
+    make_groups,
+    make_shards,
+    part_of,
+    set_grads,
+)
 
 STEPS = 4
 CONFIGS = {
@@ -42,22 +55,26 @@ LAYOUTS = {
 }
 
 
-def build(config: OptimConfig, layout: Layout, dtype: torch.dtype = torch.float32):
+NEWER = (1.3, 0.4)
+"""Learning rates of newer entries, where there are any."""
+
+
+def build(config: OptimConfig, layout: Layout, dtype: torch.dtype = torch.float32, *, ages: Ages | None = None):
     shards = make_shards(MOE, layout, dtype=dtype)
-    return shards, ShardedOptimizer(shards, config, make_groups(layout))
+    return shards, ShardedOptimizer(shards, config, make_groups(layout), ages=ages)
 
 
 def run(shards: list[Shard], optimizer: ShardedOptimizer, steps: range) -> list[float]:
     norms = []
     for step in steps:
         set_grads(shards, str(step))
-        norms.append(optimizer.step(1.0 - step / 20).grad_norm)
+        norms.append(optimizer.step(1.0 - step / 20, NEWER).grad_norm)
     return norms
 
 
-def single(kind: str, dtype: torch.dtype = torch.float32, steps: int = STEPS):
-    shards, optimizer = build(CONFIGS[kind], Layout(), dtype)
-    norms = run(shards, optimizer, range(steps))
+def single(kind: str, dtype: torch.dtype = torch.float32, *, ages: Ages | None = None):
+    shards, optimizer = build(CONFIGS[kind], Layout(), dtype, ages=ages)
+    norms = run(shards, optimizer, range(STEPS))
     return boxes(shards), norms
 
 
@@ -69,10 +86,12 @@ def naive_norm(shards: list[Shard]) -> float:
     return float(squares.sqrt())
 
 
-def layout_worker(tp: int, ep: int, etp: int, kind: str, dtype: torch.dtype):
+def layout_worker(
+    tp: int, ep: int, etp: int, kind: str, dtype: torch.dtype = torch.float32, *, ages: Ages | None = None
+):
     """Weights as boxes with their offsets, norms, and what each rank owns, after a short run."""
     layout = here(tp, ep, etp)
-    shards, optimizer = build(CONFIGS[kind], layout, dtype)
+    shards, optimizer = build(CONFIGS[kind], layout, dtype, ages=ages)
     norms = run(shards, optimizer, range(STEPS))
     set_grads(shards, "0")
     owned = [(s.key, s.global_offset, s.replica_id) for s in optimizer.named_state()]
@@ -156,6 +175,8 @@ def all_workers(world: int, folder: str):
     if world == 4:
         outcomes["blockwise"] = blockwise_worker(tp=4)
         outcomes["non-finite"] = non_finite_worker()
+        for kind in CONFIGS:
+            outcomes[f"grown {kind}"] = layout_worker(2, 2, 1, kind, ages=grown_twice)
     return outcomes
 
 
@@ -186,6 +207,23 @@ def test_layout_changes_nothing(name, outcomes):
         assert layout_norms == results[0][2]
         assert naive > 1.005 * norms[0], "copies counted twice show"
     assert_owned_once(results, dtype)
+
+
+def upside_down(logical: LogicalTensor) -> list[np.ndarray]:
+    """Ages whose blocks lie elsewhere in each axis."""
+    return [vector[::-1] for vector in grown_twice(logical)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_layout_changes_nothing_for_entries_of_several_ages(kind, outcomes):
+    results = outcomes(4, f"grown {kind}")
+    full, norms = single(kind, ages=grown_twice)
+    assert_parts_equal(results, full, 1e-6)
+    assert results[0][2] == pytest.approx(norms, rel=2e-7)
+    # Negative control: ages on other entries, and none at all, show.
+    for other in (upside_down, None):
+        with pytest.raises(AssertionError):
+            assert_parts_equal(results, single(kind, ages=other)[0], 1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, *sizes, _, _) in LAYOUTS.items() if sizes == [1, 1, 1]])

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.config.schema import MuonConfig, OptimConfig
 from pretrain.errors import CheckpointError
-from pretrain.optim.sharded import ShardedOptimizer
+from pretrain.optim.sharded import ShardedOptimizer, split_state_key, state_key
 from tests.optim.build import MOE, Layout, boxes, make_groups, make_shards, set_grads
 
 ADAMW = OptimConfig(lr=1e-2)
@@ -154,6 +154,51 @@ def test_named_state_is_located_and_complete():
     numel = {kind: sum(s.tensor.numel() for s in shards if (s.logical.kind == "matrix") == kind) for kind in (0, 1)}
     bias = sum(s.tensor.numel() for s in shards if not s.logical.trainable)
     assert optimizer.state_bytes() == 4 * (3 * (numel[0] - bias) + 2 * numel[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_state_is_all_a_run_goes_on_with(dtype):
+    straight, straight_optimizer = build(MUON, dtype)
+    run(straight, straight_optimizer, range(6))
+
+    shards, optimizer = build(MUON, dtype)
+    run(shards, optimizer, range(3))
+    moved = {entry.key: entry for entry in optimizer.whole_state()}
+    weights = {key for key in moved if split_state_key(key)[0] is None}
+    assert weights == {shard.key for shard in shards if shard.logical.trainable}
+    named = {entry.key: entry for entry in optimizer.named_state()}
+    assert set(moved) - weights == {key for key in named if split_state_key(key)[0] != "master"}
+    for key, entry in moved.items():
+        assert entry.data.dtype == torch.float32, key
+        twin = named.get(key) or named.get(state_key("master", key))
+        if twin:  # weights of fp32 runs are no state
+            assert (entry.global_shape, entry.global_offset) == (twin.global_shape, twin.global_offset)
+            assert entry.replica_id == twin.replica_id == (0, 0, 0)
+            assert torch.equal(entry.data, twin.data)
+
+    outcomes = {}
+    for forgotten in ("", "optimizer.momentum."):
+        other, other_optimizer = build(MUON, dtype)
+        for shard in other:
+            shard.tensor.data.zero_()
+        for target in other_optimizer.whole_state():
+            if not forgotten or not target.key.startswith(forgotten):
+                target.data.copy_(moved[target.key].data)
+        other_optimizer.load_state_dict(optimizer.state_dict())
+        other_optimizer.load_finished()
+        run(other, other_optimizer, range(3, 6))
+        outcomes[forgotten] = boxes(other)
+    expected = {key: value for key, value in boxes(straight).items() if key in weights}
+    assert all(torch.equal(value, outcomes[""][key]) for key, value in expected.items())
+    # Negative control: a state left out shows.
+    assert not all(torch.equal(value, outcomes["optimizer.momentum."][key]) for key, value in expected.items())
+
+
+def test_state_keys():
+    key = "decoder.layers.3.mlp.experts.linear_fc1.weight"
+    assert state_key("exp_avg_sq", key) == f"optimizer.exp_avg_sq.{key}"
+    assert split_state_key(state_key("exp_avg_sq", key)) == ("exp_avg_sq", key)
+    assert split_state_key(key) == (None, key)
 
 
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
