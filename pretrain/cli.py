@@ -200,6 +200,12 @@ def _bench(options: argparse.Namespace) -> int:
     return bench(rounds=options.rounds, quick=options.quick, json_file=options.json)
 
 
+def _study_growth(options: argparse.Namespace) -> int:
+    from pretrain.studies.command import growth_study  # noqa: PLC0415
+
+    return growth_study(seeds=options.seeds, out=options.out, jobs=options.jobs, quick=options.quick)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain",
@@ -213,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_commands(commands)
     _add_result_commands(commands)
     _add_bench_command(commands)
+    _add_study_commands(commands)
     return parser
 
 
@@ -348,6 +355,26 @@ def _add_bench_command(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--rounds", type=_positive, default=9, help="timed steps of each variant (default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="the smaller model only, and no demo")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
+
+
+def _add_study_commands(commands: argparse._SubParsersAction) -> None:
+    example = "pretrain study growth --seeds 3 --jobs 2"
+    study = _command(
+        commands, "study", None, "Put what this project claims to the test (half an hour).", example
+    ).add_subparsers(required=True, metavar="COMMAND")
+    growth = _command(
+        study,
+        "growth",
+        _study_growth,
+        "Train models that grow beside models that do not, and compare them. What is trained is not trained again.",
+        example,
+    )
+    growth.add_argument("--seeds", type=_positive, default=3, help="runs of each kind (default: %(default)s)")
+    growth.add_argument(
+        "--out", type=Path, default=Path("runs/study-growth"), metavar="DIR", help="default: %(default)s"
+    )
+    growth.add_argument("--jobs", type=_positive, default=2, help="runs at once, a core each (default: %(default)s)")
+    growth.add_argument("--quick", action="store_true", help="few steps: shows that all works, compares nothing")
 
 
 def _positive(text: str) -> int:

@@ -46,7 +46,7 @@ def demo(config_file: Path, overrides: Sequence[str] = ()) -> int:
         raise ConfigError(problems, str(config_file))
     directory = config.run.directory
     with locked(directory):
-        _prepare_corpus(config)
+        prepare_corpus(config, "1/4")
         baselines = _baselines(config)
     print(
         f"3/4 training on {processes} processes; to beat: {baselines.unigram_bits_per_byte:.3f} (unigram) and "
@@ -85,14 +85,15 @@ def _problems(config: Config) -> Iterator[str]:
         yield f"model.vocab_size = {config.model.vocab_size}: a tokenizer needs {MIN_VOCAB_SIZE} or more; raise it"
 
 
-def _prepare_corpus(config: Config) -> None:
-    """Make the datasets the configuration names, unless they are there."""
+def prepare_corpus(config: Config, progress: str) -> None:
+    """Make the datasets the configuration names, a folder's `train` and `valid`, unless they are there. `progress`
+    precedes what is said of it."""
     train, valid = config.data.train[0].prefix, config.data.valid[0].prefix
     folder = train.parent
     if read_sidecar(train) and read_sidecar(valid):
-        print(f"1/4 corpus: {folder} is there already", flush=True)
+        print(f"{progress} corpus: {folder} is there already", flush=True)
         return
-    print("1/4 corpus: the sources of Python's standard library, and a tokenizer trained on them", flush=True)
+    print(f"{progress} corpus: the sources of Python's standard library, and a tokenizer trained on them", flush=True)
     options = PrepareOptions(inputs=(SOURCE,), output=folder, vocab_size=config.model.vocab_size)
     for split, sidecar in prepare(options, show_progress=True).items():
         print(f"    {split}: {sidecar.documents:,} modules, {sidecar.tokens:,} tokens, {sidecar.text_bytes:,} bytes")
