@@ -149,7 +149,7 @@ def grow(
     *,
     copies: Mapping[int, Sequence[int]] | None = None,
     checked: bool = True,
-    router: Mapping[str, Any] | None = None,
+    wrong: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> Model:
     """What `model`, which stays as it is, grows into.
@@ -158,15 +158,17 @@ def grow(
         keys: of the growth point.
         copies: of each expert, where they are not alike.
         checked: whether the rules hold.
-        router: keys of the grown model's router that are set wrong.
+        wrong: keys of the grown model, those of its router under `router`, that are set to something else.
     """
     config = with_growth(model.config, keys)
-    assert not checked or check(config, 1) == []
+    problems = check(config, 1) if checked else []
+    assert not problems, problems
     point = point_of(config, copies)
     stage = stages(config)[-1].config
-    if router:
-        wrong = stage.model.model_copy(update={"router": stage.model.router.model_copy(update=dict(router))})
-        stage, point = stage.model_copy(update={"model": wrong}), replace(point, after=wrong)
+    if wrong:
+        router = stage.model.router.model_copy(update=wrong.get("router", {}))
+        broken = stage.model.model_copy(update={**wrong, "router": router})
+        stage, point = stage.model_copy(update={"model": broken}), replace(point, after=broken)
     points = (*model.points, point)
     grown = grow_model(
         points,
