@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pretrain.studies.arms import SMALL, Arm, Family, arm_named, from_scratch
+from pretrain.studies.arms import SMALL, Family, arm_named, from_scratch
 from pretrain.studies.statistics import Spread, Verdict, difference, judge_equal, judge_lower
 
 MARGIN_SHARE = 0.05
@@ -78,11 +78,5 @@ def _judge(claim: Claim, losses: Losses) -> Judged:
     found = difference(losses[claim.first], losses[claim.second])
     if not claim.equal:
         return Judged(claim, found, judge_lower(found))
-    limit = margin(losses, family_of(claim))
+    limit = margin(losses, arm_named(claim.first).family)
     return Judged(claim, found, judge_equal(found, limit), limit)
-
-
-def family_of(claim: Claim) -> Family:
-    """The family that a claim is about."""
-    first: Arm = arm_named(claim.first)
-    return first.family

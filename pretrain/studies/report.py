@@ -11,7 +11,7 @@ from pretrain.config.schema import Config
 from pretrain.data.baselines import Baselines
 from pretrain.metrics.formats import count, flop_count
 from pretrain.model.counts import count_flops, count_parameters
-from pretrain.studies.arms import ARMS, EIGHTHS, SMALL, SWEEP_SHARE, Arm, Family, growth_step
+from pretrain.studies.arms import ARMS, EIGHTHS, SMALL, SWEEP_SHARE, Arm, Family, arm_named, from_scratch, growth_step
 from pretrain.studies.claims import LOCKED_DISTANCE, MARGIN_SHARE, Judged, Losses, judge
 from pretrain.studies.pictures import TITLES
 from pretrain.studies.results import Outcome
@@ -162,8 +162,8 @@ def summary(study: Study) -> str:
     for verdict in ("reproduced", "not reproduced", "not resolved"):
         texts = [f"{one.claim.text} ({_family(one)})" for one in judged if one.verdict == verdict]
         lines.append(f"- **{verdict.capitalize()}** ({len(texts)} of {len(judged)}): {'; '.join(texts) or 'none'}.")
-    closed = _gap(study.losses, "width-full")
-    lines.append(f"- The full method closes {_percent(closed)} of the gap between the small and the wide model.")
+    closed = _gap_closed(study.losses, "width-full")
+    lines.append(f"- Share of the gap between the small and the wide model that the full method closes: {closed}.")
     if len(study.seeds) < 2:
         lines.append("- One seed has no spread: nothing can be resolved.")
     return "\n".join(lines)
@@ -202,15 +202,17 @@ def _row(study: Study, arm: Arm) -> list[str]:
         arm.label,
         _plus_minus(spread([one.loss for one in found])),
         f"{spread([one.bits_per_byte for one in found]).mean:.3f}",
-        NONE if arm.family == SMALL else _percent(_gap(study.losses, arm.name)),
+        NONE if arm.family == SMALL else _gap_closed(study.losses, arm.name),
         f"{found[0].flops:.3g}",
         NONE if before is None else f"at {arm.eighth}/{EIGHTHS}: {before:.3f} -> {after:.3f}",
     ]
 
 
-def _gap(losses: Losses, arm: str) -> Spread:
-    family = arm.partition("-")[0]
-    return gap_closed(losses[SMALL], losses[f"{family}-scratch"], losses[arm])
+def _gap_closed(losses: Losses, arm: str) -> str:
+    scratch = losses[from_scratch(arm_named(arm).family).name]
+    if difference(scratch, losses[SMALL]).mean <= 0:
+        return NONE  # The final size is no better than the small one: there is no gap to close.
+    return _percent(gap_closed(losses[SMALL], scratch, losses[arm]))
 
 
 def _mean_of(found: Sequence[Outcome], name: str) -> float | None:

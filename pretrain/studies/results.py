@@ -12,10 +12,9 @@ from pretrain.checkpoint.read import CheckpointReader
 from pretrain.checkpoint.steps import list_moments
 from pretrain.config.schema import Config
 from pretrain.config.stages import stages
-from pretrain.metrics.history import History, read_histories
+from pretrain.metrics.history import read_histories
 from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.run_directory import CHECKPOINTS
-from pretrain.studies.arms import Arm
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,5 @@ def _compare_halves(values: torch.Tensor, tensor: LogicalTensor, axis: str) -> T
 
 
 def _valid_rows(config: Config) -> list[dict[str, Any]]:
-    history: History
     (history,) = read_histories([config.run.directory])
-    return history.valid
-
-
-def by_seed(outcomes: Mapping[str, list[Outcome]], arm: Arm) -> dict[int, float]:
-    """Final loss of an arm by seed."""
-    return {found.seed: found.loss for found in outcomes[arm.name]}
+    return list(history.valid)

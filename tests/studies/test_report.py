@@ -52,6 +52,12 @@ def test_summary_follows_the_numbers() -> None:
     assert f"**Reproduced** ({len(CLAIMS) - 1} of {len(CLAIMS)})" in opposite
 
 
+def test_without_a_gap_none_is_closed() -> None:
+    worse = with_losses(synthetic_study(), "width-scratch", 1.0)
+    assert row(markdown(worse), "width-full")[4] == "-"
+    assert "that the full method closes: -." in summary(worse)
+
+
 def test_one_seed_is_said_to_resolve_nothing() -> None:
     study = synthetic_study()
     single = dataclasses.replace(study, outcomes={name: found[:1] for name, found in study.outcomes.items()})
