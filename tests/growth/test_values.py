@@ -104,7 +104,7 @@ def test_figures_do_not_depend_on_the_parts(monkeypatch):
     )
     old = old_values(tensor)
     whole = measure([tensor], lambda: [Part(tensor, (0, 0, 0, 0), old)])[tensor.key]
-    monkeypatch.setattr(values, "CHUNK", 100)
+    monkeypatch.setattr(values, "MEASURED_CHUNK", 100)
     pieces = [(slice(a, b), slice(c, d)) for a, b in ((0, 1), (1, 4)) for c, d in ((0, 10), (10, 16))]
     parts = [Part(tensor, (e.start, 0, f.start, 0), old[e, :, f]) for e, f in reversed(pieces)]
     for order in (parts, parts[::-1]):
