@@ -197,7 +197,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from pretrain.bench.command import bench  # noqa: PLC0415
 
-    return bench(rounds=options.rounds, quick=options.quick, json_file=options.json)
+    return bench(options.part, rounds=options.rounds, quick=options.quick, json_file=options.json)
 
 
 def _study_growth(options: argparse.Namespace) -> int:
@@ -349,10 +349,11 @@ def _add_bench_command(commands: argparse._SubParsersAction) -> None:
         commands,
         "bench",
         _bench,
-        "Measure training speed here: our step beside megatron-core's and transformers', then the demo's (minutes).",
-        "pretrain bench --json bench.json",
+        "Measure here: our training step beside megatron-core's and transformers', what a growth costs, the demo.",
+        "pretrain bench growth --quick --json bench.json",
     )
-    bench.add_argument("--rounds", type=_positive, default=9, help="timed steps of each variant (default: %(default)s)")
+    bench.add_argument("part", nargs="?", choices=("step", "growth"), help="measure this alone (default: everything)")
+    bench.add_argument("--rounds", type=_positive, help="timed rounds (default: 9 of steps, 3 of growth)")
     bench.add_argument("--quick", action="store_true", help="the smaller model only, and no demo")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
 

@@ -1,4 +1,4 @@
-"""`pretrain bench`: measure every workload in every precision, then the demonstration's speed."""
+"""`pretrain bench`: measure every workload in every precision, then what a growth costs, then the demonstration."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 
-from pretrain.bench import report, variants
+from pretrain.bench import growth_report, report, variants
 from pretrain.bench.demo import CONFIG_FILE, DemoSpeed, demo_speed
+from pretrain.bench.growth import GrowthResult, growth_workload, measure_growth
 from pretrain.bench.measure import Result, Timings, take_turns
 from pretrain.bench.stand_ins import optimizer_on_cpu
 from pretrain.bench.workloads import Precision, Workload, run_config, workloads_for, write_tokens
@@ -25,44 +27,90 @@ from pretrain.config.schema import Config, ParallelConfig
 from pretrain.data.batches import BatchIterator
 from pretrain.errors import UserError
 from pretrain.parallel.engine import Batch
-from pretrain.parallel.mesh import Mesh, mesh_of
+from pretrain.parallel.mesh import Mesh, Meshes, destroy_mesh, mesh_of
 from pretrain.platform import distributed
 from pretrain.run import open_data
 
+Part = Literal["step", "growth"]
+
 WARMUP = 3
+STEP_ROUNDS, GROWTH_ROUNDS = 9, 3
 # Losses of the first step, from the same weights, may differ by rounding: in fp32 that of sums over a vocabulary; in
 # bf16 that of activations, 2^-9 each.
 LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
 
 
-def bench(*, rounds: int, quick: bool, json_file: Path | None = None) -> int:
-    """Measure, print the table, write the JSON; returns the exit code."""
-    if distributed.world_size() > 1:
-        raise UserError(f"{distributed.world_size()} processes: bench measures one; start it without a launcher")
-    if json_file and not json_file.parent.is_dir():
-        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}; make it, or give another file")
-    with distributed.joined() as device, mesh_of(ParallelConfig(), device) as mesh:
+def bench(part: Part | None = None, *, rounds: int | None, quick: bool, json_file: Path | None = None) -> int:
+    """Measure one part or all, print the tables, write the JSON; returns the exit code.
+
+    rounds: of each part; None: STEP_ROUNDS and GROWTH_ROUNDS.
+    """
+    _check(part, json_file)
+    results: list[Result] = []
+    growths: list[GrowthResult] = []
+    with distributed.joined() as device:
         if device.type == "cpu":
             # Its CPU time is then the work done, whoever else is on the machine.
             torch.set_num_threads(1)
         machine = report.machine(device)
-        print(report.describe(machine), flush=True)
-        if not _has_transformers():
-            print("transformers is not installed, so not compared with: pip install transformers", flush=True)
-        chosen = workloads_for(device)[: 1 if quick else None]
-        results = []
-        for workload in chosen:
+        _say(report.describe(machine))
+        if part != "growth":
+            results = _bench_steps(device, rounds=rounds or STEP_ROUNDS, quick=quick)
+        if part != "step":
+            growths = _bench_growth(device, rounds=rounds or GROWTH_ROUNDS, quick=quick)
+        is_main = dist.get_rank() == 0
+    demo = demo_speed() if part != "growth" and not quick and CONFIG_FILE.exists() else None
+    if demo:
+        print(f"\n{report.demo_line(demo)}")
+    if json_file and is_main:
+        json_file.write_text(json.dumps(_as_json(machine, results, growths, demo), indent=2) + "\n")
+    return 0
+
+
+def _check(part: Part | None, json_file: Path | None) -> None:
+    processes = distributed.world_size()
+    if processes > 1 and part != "growth":
+        raise UserError(f"{processes} processes: only `bench growth` measures several; start it without a launcher")
+    if json_file and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: there is no folder {json_file.parent}; make it, or give another file")
+
+
+def _say(text: str) -> None:
+    """Print, on one rank."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _bench_steps(device: torch.device, *, rounds: int, quick: bool) -> list[Result]:
+    """The training step beside its peers."""
+    if not _has_transformers():
+        _say("transformers is not installed, so not compared with: pip install transformers")
+    results = []
+    with mesh_of(ParallelConfig(), device) as mesh:
+        for workload in workloads_for(device)[: 1 if quick else None]:
             for precision in get_args(Precision):
                 print(f"measuring {workload.name} {precision} ...", file=sys.stderr, flush=True)
                 results.append(measured(workload, precision, mesh, rounds=rounds))
-                print(f"\n{report.result_table(results[-1], device)}", flush=True)
-        print(f"\n{report.verdict(results, device)}", flush=True)
-    demo = demo_speed() if not quick and CONFIG_FILE.exists() else None
-    if demo:
-        print(f"\n{report.demo_line(demo)}")
-    if json_file:
-        json_file.write_text(json.dumps(_as_json(machine, results, demo), indent=2) + "\n")
-    return 0
+                _say(f"\n{report.result_table(results[-1], device)}")
+    _say(f"\n{report.verdict(results, device)}")
+    return results
+
+
+def _bench_growth(device: torch.device, *, rounds: int, quick: bool) -> list[GrowthResult]:
+    """Growth beside its floor and the round trip."""
+    workload = growth_workload(quick=quick)
+    if dist.get_rank() == 0:
+        print("measuring growth ...", file=sys.stderr, flush=True)
+    meshes = Meshes(device)
+    try:
+        # What a run prints would come between the lines of the table.
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = measure_growth(workload, meshes, rounds=rounds)
+    finally:
+        destroy_mesh()
+    _say(f"\n{growth_report.table(workload, results, processes=dist.get_world_size())}")
+    _say(f"\n{growth_report.verdict(results)}")
+    return results
 
 
 def measured(workload: Workload, precision: Precision, mesh: Mesh, *, rounds: int) -> Result:
@@ -114,7 +162,9 @@ def check_equal_work(losses: Mapping[str, Sequence[float]], precision: Precision
             raise RuntimeError(f"{name} starts at loss {first}, {variants.OURS} at {ours}: they differ by > {limit}")
 
 
-def _as_json(machine: dict[str, str], results: Sequence[Result], demo: DemoSpeed | None) -> dict[str, object]:
+def _as_json(
+    machine: dict[str, str], results: Sequence[Result], growths: Sequence[GrowthResult], demo: DemoSpeed | None
+) -> dict[str, object]:
     """Everything measured, for programs: every loss and the seconds of every round."""
     return {
         "machine": machine,
@@ -128,5 +178,6 @@ def _as_json(machine: dict[str, str], results: Sequence[Result], demo: DemoSpeed
             }
             for result in results
         ],
+        "growth": [asdict(growth) for growth in growths],
         "demo": asdict(demo) if demo else None,
     }

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +65,36 @@ def take_turns(steps: Mapping[str, Step], *, rounds: int, device: torch.device) 
 
 
 def _time(step: Step, device: torch.device) -> Seconds:
-    _wait_for(device)
+    wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     step()
-    _wait_for(device)
+    wait_for(device)
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _wait_for(device: torch.device) -> None:
+@dataclass
+class Stopwatch:
+    """Time of a `with` block; set when it ends."""
+
+    wall: float = 0.0
+    work: float = 0.0
+    """On a CPU the time of all threads of the process, which others on the machine disturb less; on a GPU `wall`."""
+
+
+@contextmanager
+def stopwatch(device: torch.device) -> Iterator[Stopwatch]:
+    """Time a block, with all that it starts on the device."""
+    watch = Stopwatch()
+    wait_for(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield watch
+    wait_for(device)
+    watch.wall = time.perf_counter() - wall
+    watch.work = watch.wall if device.type == "cuda" else time.process_time() - cpu
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -49,7 +49,7 @@ def result_table(result: Result, device: torch.device) -> str:
     rows = [header, ["-" * 3] * len(header)]
     rows += [_row(name, timing, result.timings[OURS], clocks, tokens) for name, timing in result.timings.items()]
     heading = f"{result.workload.name}, {result.precision}: {result.workload.describe()}"
-    return "\n".join([heading, "", *_aligned(rows)])
+    return "\n".join([heading, "", *aligned(rows)])
 
 
 def _row(name: str, timing: Timings, ours: Timings, clocks: Sequence[str], tokens: int) -> list[str]:
@@ -64,7 +64,7 @@ def _row(name: str, timing: Timings, ours: Timings, clocks: Sequence[str], token
     return row
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of a Markdown table whose columns line up in plain text, too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

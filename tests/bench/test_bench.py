@@ -79,7 +79,7 @@ def run_bench(json_file: str) -> str:
     command.workloads_for = lambda device: (tiny(),)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert command.bench(rounds=ROUNDS, quick=True, json_file=Path(json_file)) == 0
+        assert command.bench("step", rounds=ROUNDS, quick=True, json_file=Path(json_file)) == 0
     return out.getvalue()
 
 
@@ -161,7 +161,7 @@ def test_says_at_once_what_cannot_work(
 
     monkeypatch.setattr(command.distributed, "world_size", lambda: processes)
     with pytest.raises(UserError, match=word):
-        command.bench(rounds=1, quick=True, json_file=Path(json_file) if json_file else None)
+        command.bench("step", rounds=1, quick=True, json_file=Path(json_file) if json_file else None)
 
 
 def test_measures_the_demo(tmp_path: Path) -> None:
