@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.growth import GrowthConfig
@@ -102,6 +103,8 @@ class Model:
 
     def backward(self, step: int = 0) -> float:
         """Loss of the batch of a step, with its gradients."""
+        # megatron-core sizes it by the first model it sees, and here are many.
+        get_moe_layer_wise_logging_tracker().clear()
         return float(self.engine.forward_backward(microbatches(self.config, self.engine.mesh, step)))
 
     def train(self, steps: int, *, first: int = 0, newer: Sequence[float] | None = None) -> list[float]:
