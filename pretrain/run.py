@@ -33,6 +33,7 @@ from pretrain.growth.maps import ages
 from pretrain.metrics.moe import BalanceWindow
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.throughput import RunClock
+from pretrain.model.build import choose_experts_backend
 from pretrain.model.counts import count_flops, count_parameters
 from pretrain.optim.schedule import Schedule, Schedules
 from pretrain.optim.sharded import ShardedOptimizer
@@ -350,4 +351,6 @@ def _announce(
         f"{run.flops_per_token / 1e6:,.1f} MFLOPs per token; "
         f"{config.total_steps} steps of {config.batch.tokens_per_step:,} tokens"
     )
+    if config.model.is_moe:
+        print(f"experts: {choose_experts_backend(config.model, config.parallel, config.run.precision)}")
     print(run.optimizer.describe())

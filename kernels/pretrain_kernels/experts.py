@@ -93,7 +93,7 @@ def swiglu_experts(
         from pretrain_kernels.triton_experts import swiglu_experts_triton  # noqa: PLC0415
 
         return swiglu_experts_triton(
-            x, fc1, fc2, routing, trainable=trainable, accumulate_main_grad=accumulate_main_grad
+            x, fc1, fc2, **vars(routing), trainable=trainable, accumulate_main_grad=accumulate_main_grad
         )
     products = GROUPED_MM if backend == "grouped_mm" else LOOP
     if isinstance(routing, Grouped):

@@ -168,4 +168,7 @@ def taken_over(weight: torch.Tensor) -> torch.Tensor | None:
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
+    # It adds the gradient all the same where this mark asks for zeros.
+    if getattr(weight, "zero_out_wgrad", False):
+        return torch.zeros_like(weight, requires_grad=False)
     return torch.empty_like(weight, requires_grad=False)

@@ -91,6 +91,9 @@ class ModelConfig(Section):
 
     backend: Literal["auto", "native", "transformer_engine"] = "auto"
     """Layer implementations: our own, Transformer Engine's, or the latter where it is installed and there is a GPU."""
+    experts_backend: Literal["auto", "triton", "grouped_mm", "loop"] = "auto"
+    """How our own layers multiply routed experts: Triton kernels (NVIDIA GPUs, bf16), torch's grouped_mm, one expert
+    after the other, or the first of these that takes the device, precision and widths."""
 
     @property
     def query_groups(self) -> int:

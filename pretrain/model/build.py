@@ -27,7 +27,9 @@ from pretrain.errors import ConfigError
 from pretrain.model import transformer_engine
 from pretrain.model.native import NativeBackend
 from pretrain.model.router import CountingRouter, PlainSigmoidRouter
-from pretrain.model.transformer_config import transformer_config
+from pretrain.model.transformer_config import compute_dtype, transformer_config
+from pretrain_kernels import BackendError, check_backend
+from pretrain_kernels import choose_backend as choose_products
 
 
 def choose_backend(model: ModelConfig, parallel: ParallelConfig) -> BackendSpecProvider:
@@ -45,6 +47,33 @@ def choose_backend(model: ModelConfig, parallel: ParallelConfig) -> BackendSpecP
     return NativeBackend()
 
 
+def choose_experts_backend(model: ModelConfig, parallel: ParallelConfig, precision: str) -> str:
+    """What `model.experts_backend` stands for on this machine, or "transformer_engine" where that has the experts.
+
+    Raises:
+        ConfigError: the backend asked for does not take the device, the precision or the widths, in one line.
+    """
+    asked = model.experts_backend
+    if not isinstance(choose_backend(model, parallel), NativeBackend):
+        if asked != "auto":
+            raise ConfigError(
+                [
+                    f'model.experts_backend = "{asked}": Transformer Engine has experts of its own; '
+                    'set model.backend = "native", or model.experts_backend = "auto"'
+                ]
+            )
+        return "transformer_engine"
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dtype, D, F = compute_dtype(precision), model.hidden_size, model.expert_ffn_size // parallel.expert_tensor
+    if asked == "auto":
+        return choose_products(device, dtype, D, F)
+    try:
+        check_backend(asked, device, dtype, D, F)
+    except BackendError as error:
+        raise ConfigError([f'model.experts_backend = "{asked}": {error}']) from error
+    return asked
+
+
 def build_chunks(
     model: ModelConfig,
     *,
@@ -56,13 +85,14 @@ def build_chunks(
     """This rank's pipeline chunks, in order, with uninitialised weights (see `pretrain.model.initialise`)."""
     config = transformer_config(model, parallel, precision)
     backend = choose_backend(model, parallel)
+    experts = choose_experts_backend(model, parallel, precision) if model.is_moe else ""
     stage, stages, chunks = groups.pp.rank(), groups.pp.size(), parallel.pipeline_chunks
     built = []
     for chunk in range(chunks):
         vp_stage = chunk if chunks > 1 else None
         gpt = GPTModel(
             config=config,
-            transformer_layer_spec=_block_spec(model, config, backend, vp_stage=vp_stage, stage=stage),
+            transformer_layer_spec=_block_spec(model, config, backend, experts, vp_stage=vp_stage, stage=stage),
             vocab_size=model.vocab_size,
             max_sequence_length=sequence_length,
             pre_process=stage == 0 and chunk == 0,
@@ -90,6 +120,7 @@ def _block_spec(
     model: ModelConfig,
     config: TransformerConfig,
     backend: BackendSpecProvider,
+    experts: str,
     *,
     vp_stage: int | None,
     stage: int,
@@ -97,11 +128,12 @@ def _block_spec(
     """Specs of the layers in one chunk of one stage."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=stage)
-    layers = [_layer_spec(model, backend, is_moe=model.is_moe_layer(layer)) for layer in range(first, first + count)]
+    numbers = range(first, first + count)
+    layers = [_layer_spec(model, backend, experts, is_moe=model.is_moe_layer(number)) for number in numbers]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 
-def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, *, is_moe: bool) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, experts: str, *, is_moe: bool) -> ModuleSpec:
     """One decoder layer: pre-norm attention and pre-norm MLP or experts."""
     fused_norm = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
@@ -110,6 +142,8 @@ def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, *, is_moe: boo
         backend, num_experts=model.num_experts if is_moe else None, moe_grouped_gemm=True
     )
     if is_moe:
+        if isinstance(backend, NativeBackend):
+            mlp.submodules.experts.params["backend"] = experts
         plain_sigmoid = model.router.score_function == "sigmoid" and not model.router.normalize_top_k
         mlp.submodules.router = PlainSigmoidRouter if plain_sigmoid else CountingRouter
     return ModuleSpec(

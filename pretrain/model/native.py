@@ -7,7 +7,7 @@ megatron-core's own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -20,7 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.model.attention import causal_attention
-from pretrain.model.experts import grouped_swiglu
+from pretrain_kernels import Grouped, swiglu_experts
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -87,8 +87,10 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         submodules: MLPSubmodules | None = None,
+        backend: Literal["auto", "triton", "grouped_mm", "loop"] = "auto",
     ) -> None:
         super().__init__(config=config)
+        self.backend = backend
         self.groups = pg_collection
         self.num_local_experts = num_local_experts
         D, F_local = config.hidden_size, config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
@@ -98,9 +100,10 @@ class GroupedExperts(MegatronModule):
     def forward(
         self, x_RD: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Rows grouped by local expert -> (their outputs [R, D], no bias). See `grouped_swiglu`."""
-        out = grouped_swiglu(x_RD, self.linear_fc1.weight, self.linear_fc2.weight, tokens_per_expert, permuted_probs)
-        return out, None
+        """Rows grouped by local expert -> (their outputs [R, D], no bias). See `swiglu_experts`."""
+        routing = Grouped(tokens_per_expert, permuted_probs)
+        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
+        return swiglu_experts(x_RD, fc1, fc2, routing, backend=self.backend), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
