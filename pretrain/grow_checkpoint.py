@@ -16,7 +16,7 @@ from pretrain.config.load import dump_config, load_config
 from pretrain.config.schema import Config
 from pretrain.config.stages import growth_step, stages
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.growth.history import check_history, next_growth, record_of
+from pretrain.growth.history import check_history, growth_figures, next_growth, record_of
 from pretrain.growth.maps import GrowthPoint
 from pretrain.growth.transplant import Target, fill_new, measured_tensors, requests
 from pretrain.growth.values import Part, measure
@@ -60,7 +60,8 @@ def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progre
     with CheckpointReader(path) as reader:
         point = _point(path, config, state)
         grown = _Grown(point, reader, seed=config.run.seed)
-        state.growths.append(record_of(point, state.step))
+        figures = growth_figures(point, sequence_length=config.batch.sequence_length)
+        state.growths.append({**record_of(point, state.step), "figures": figures})
         state.scores, state.scored_steps = {}, 0
         if point.config.optimizer_state == "reset" and state.optimizer:
             state.optimizer["step"] = 0

@@ -8,6 +8,7 @@ one, and it goes on.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,15 @@ from typing import Any
 import torch
 
 from pretrain.checkpoint.steps import Moment
-from pretrain.config.stages import describe_growth, growth_step, preserves_function, stages
+from pretrain.config.stages import describe_rewarm, describe_state, growth_step, stages
 from pretrain.data.batches import validation_batches
 from pretrain.errors import CheckpointError
-from pretrain.growth.history import history, next_growth, record_of
+from pretrain.growth.history import growth_figures, history, next_growth, record_of
 from pretrain.growth.live import grow_model, moving_tensors
 from pretrain.growth.maps import GrowthPoint
 from pretrain.growth.pull import Traffic
 from pretrain.growth.scores import add_scores, no_scores, utility_due
-from pretrain.model.counts import count_flops, count_parameters
+from pretrain.model.counts import count_flops
 from pretrain.platform.memory import PeakMemory
 from pretrain.run import Run, TrainState, open_batches, schedule_of
 
@@ -62,25 +63,28 @@ def grow(run: Run, point: GrowthPoint, state: TrainState) -> None:
 
     A checkpoint of this step must be durable already: the old model is gone when the new one is filled.
     """
+    figures = growth_figures(point, sequence_length=run.config.batch.sequence_length)
+    run.event("growing", state, summary=figures["summary"], checkpoint=Moment(state.step).name)
     with run.clock.phase("growth"):
-        started, memory = time.monotonic(), PeakMemory(run.mesh.device)
+        started = time.monotonic()
         before = _read(run)
-        moved_at = time.monotonic()
+        moved_at, memory = time.monotonic(), PeakMemory(run.mesh.device)
         traffic = _replace(run, point, state)
         moved_seconds, extra_bytes = time.monotonic() - moved_at, memory.extra_bytes()
-        after = _read(run)
-        figures = _figures(run, point, before, after)
-        state.growths[-1]["figures"] = figures
+        figures |= _changes(before, _read(run))
+        # As JSON, which has no word for numbers that are not finite.
+        state.growths[-1]["figures"] = {name: value for name, value in figures.items() if _is_json(value)}
         run.save(state, grown=True)
         run.checkpoints.wait()
         run.report_durable(state)
         cost = {
             "seconds": round(time.monotonic() - started, 3),
             "move_seconds": round(moved_seconds, 3),
-            "extra_memory_bytes": extra_bytes,
             "moved_bytes": traffic.received_bytes,
             "local_bytes": traffic.local_bytes,
         }
+        if extra_bytes is not None:
+            cost["extra_memory_bytes"] = extra_bytes
         run.event("growth", state, **figures, **cost, checkpoint=Moment(state.step, grown=True).name)
     if run.recorder:
         print(_block(point, figures, cost), flush=True)
@@ -126,44 +130,30 @@ def _read(run: Run) -> Reading:
     return Reading(run.valid_loss() if run.valid_data else None, logits.cpu())
 
 
-def _figures(run: Run, point: GrowthPoint, before: Reading, after: Reading) -> dict[str, Any]:
-    """What a growth did, for the log."""
+def _changes(before: Reading, after: Reading) -> dict[str, float]:
+    """What a growth did to what the model computes, for the log."""
     positions = min(before.logits.shape[1], after.logits.shape[1])
     old, new = before.logits[:, :positions], after.logits[:, :positions]
-    length = run.config.batch.sequence_length
-    small, large = count_parameters(point.before), count_parameters(point.after)
-    return {
-        "summary": describe_growth(point.before, point.config),
-        "preserves_function": preserves_function(point.config),
-        "parameters_before": small.total,
-        "parameters_after": large.total,
-        "active_before": small.active,
-        "active_after": large.active,
-        "flops_per_token_before": count_flops(point.before, length).per_token,
-        "flops_per_token_after": count_flops(point.after, length).per_token,
-        "valid_loss_before": before.valid_loss,
-        "valid_loss_after": after.valid_loss,
-        "logits_change": float((new - old).abs().max() / old.abs().max()),
-        "state": point.config.optimizer_state,
-    }
+    changes = {"logits_change": float((new - old).abs().max() / old.abs().max())}
+    if before.valid_loss is not None and after.valid_loss is not None:
+        changes |= {"valid_loss_before": before.valid_loss, "valid_loss_after": after.valid_loss}
+    return changes
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _block(point: GrowthPoint, figures: dict[str, Any], cost: dict[str, Any]) -> str:
     """The growth in a few lines for the terminal."""
-    kept = {
-        "asymmetric": "old entries keep their state, new ones start at zero",
-        "reset": "starts at zero, the step count too",
-        "copy": "new entries have a copy of their source's state",
-        "exact": "new entries have their source's state, scaled",
-    }[point.config.optimizer_state]
-    rewarm = point.config.rewarm
-    if rewarm:
-        kept += f"; {rewarm.entries} entries re-warm to {rewarm.ratio:g} x in {rewarm.steps} steps"
     loss = "no validation data"
-    if figures["valid_loss_before"] is not None:
+    if "valid_loss_before" in figures:
         loss = f"{figures['valid_loss_before']:.4f} -> {figures['valid_loss_after']:.4f}"
     expected = "function preserved by design" if figures["preserves_function"] else "function not preserved by design"
     moved = (cost["moved_bytes"] + cost["local_bytes"]) / 2**20
+    extra = "extra memory not measured"
+    if "extra_memory_bytes" in cost:
+        extra = f"{cost['extra_memory_bytes'] / 2**20:,.0f} MiB of extra memory"
 
     def change(name: str, unit: float) -> str:
         return f"{figures[name + '_before'] / unit:,.2f} -> {figures[name + '_after'] / unit:,.2f}"
@@ -175,8 +165,9 @@ def _block(point: GrowthPoint, figures: dict[str, Any], cost: dict[str, Any]) ->
             f"  FLOPs/token  {change('flops_per_token', 1e6)} M",
             f"  valid loss   {loss}",
             f"  logits       changed by {figures['logits_change']:.1e} of the largest ({expected})",
-            f"  optimizer    {kept}",
+            f"  optimizer    {describe_state(point.config)}",
+            f"  rates        learning rate {describe_rewarm(point.config.rewarm)}",
             f"  took         {cost['seconds']:.1f} s, {cost['move_seconds']:.1f} s of it to move {moved:,.1f} MiB "
-            f"here; {cost['extra_memory_bytes'] / 2**20:,.0f} MiB of extra memory",
+            f"here; {extra}",
         ]
     )

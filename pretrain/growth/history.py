@@ -5,23 +5,47 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pretrain.checkpoint.steps import Moment
 from pretrain.config.growth import GrowthConfig
 from pretrain.config.schema import Config
-from pretrain.config.stages import growth_step, stages
+from pretrain.config.stages import describe_growth, growth_step, preserves_function, stages
 from pretrain.errors import CheckpointError
 from pretrain.growth.maps import GrowthPoint, share_copies
+from pretrain.model.counts import count_flops, count_parameters
 from pretrain.model.logical import logical_tensors
 from pretrain.optim.schedule import Rewarm
 
 Record = Mapping[str, Any]
-"""JSON of one growth that is done: `step`, `growth` (its configuration), `copies` (MoE layer -> copies of each expert,
-where they were chosen by utility)."""
+"""JSON of one growth that is done: `step`, `parent` (name of the checkpoint before), `growth` (its configuration),
+`copies` (MoE layer -> copies of each expert, where they were chosen by utility), `model` (as grown, in full); a run and
+`pretrain grow` add `figures`, the fields of its event that are known when the checkpoint is written."""
 
 
 def record_of(point: GrowthPoint, step: int) -> dict[str, Any]:
     """What a checkpoint notes of a growth after `step` steps."""
-    copies = {str(layer): list(counts) for layer, counts in point.copies.items()}
-    return {"step": step, "growth": _dump(point.config), "copies": copies}
+    return {
+        "step": step,
+        "parent": Moment(step).name,
+        "growth": _dump(point.config),
+        "copies": {str(layer): list(counts) for layer, counts in point.copies.items()},
+        "model": point.after.model_dump(mode="json"),
+    }
+
+
+def growth_figures(point: GrowthPoint, *, sequence_length: int) -> dict[str, Any]:
+    """Fields of the event that are known without doing the growth."""
+    small, large = count_parameters(point.before), count_parameters(point.after)
+    return {
+        "summary": describe_growth(point.before, point.config),
+        "preserves_function": preserves_function(point.config),
+        "parameters_before": small.total,
+        "parameters_after": large.total,
+        "active_before": small.active,
+        "active_after": large.active,
+        "flops_per_token_before": count_flops(point.before, sequence_length).per_token,
+        "flops_per_token_after": count_flops(point.after, sequence_length).per_token,
+        "state": point.config.optimizer_state,
+    }
 
 
 def history(config: Config, records: Sequence[Record]) -> tuple[GrowthPoint, ...]:
