@@ -65,7 +65,8 @@ class Arm:
 
 
 def _width(init: str, state: str, **keys: Any) -> Table:
-    return {"expert_ffn": {"factor": 2, "init": init}, "optimizer_state": state, **keys}
+    wider = {"factor": 2, "init": init}
+    return {"hidden": wider, "expert_ffn": wider, "optimizer_state": state, **keys}
 
 
 def _depth(method: str) -> Table:
