@@ -24,8 +24,8 @@ from pretrain.model.logical import LogicalTensor
 from pretrain.model.shards import Shard
 from pretrain.optim.exchange import map_whole
 from pretrain.optim.matrices import join_matrices, split_matrices
-from pretrain.optim.newton_schulz import newton_schulz, newton_schulz_flops
 from pretrain.optim.rules import Slot
+from pretrain_kernels.newton_schulz import newton_schulz, newton_schulz_flops
 
 
 def muon_scale(mode: str, out_features: int, in_features: int) -> float:

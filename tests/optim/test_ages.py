@@ -13,8 +13,8 @@ from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.shards import Shard
 from pretrain.optim import rules
 from pretrain.optim.ages import Ages, Block, blocks
-from pretrain.optim.newton_schulz import newton_schulz
 from pretrain.optim.sharded import ShardedOptimizer
+from pretrain_kernels.newton_schulz import newton_schulz
 from tests.optim.build import (
     MOE,
     Layout,

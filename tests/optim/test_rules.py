@@ -14,8 +14,8 @@ from pretrain.optim.matrices import split_matrices
 from pretrain.optim.muon import muon_scale, orthogonalise
 from pretrain.optim.rules import adamw_
 from pretrain.optim.sharded import ShardedOptimizer
+from tests.kernels.test_newton_schulz import reference as polar_reference
 from tests.optim.build import MOE, Layout, make_groups, make_shards, set_grads
-from tests.optim.test_newton_schulz import reference as polar_reference
 
 SHAPES = [(32, 32), (24, 48), (48, 24)]
 STEPS = 60
