@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain_kernels.triton_support import Launch, interpreting
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_source
 from triton.runtime.jit import native_specialize_impl
+
+from pretrain_kernels.triton_support import Launch, interpreting
 
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory a block can use, by compute capability x 10 (CUDA C++ programming guide, technical limits)."""

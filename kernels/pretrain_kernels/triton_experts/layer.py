@@ -51,7 +51,10 @@ def swiglu_experts_triton(
     """
     _check(x, fc1, fc2, experts=experts, rows_per_expert=rows_per_expert)
     count, _, hidden = fc2.shape
-    tiles = tiles or choose_tiles(rows=scores.numel(), experts=count, width=hidden)
+    if tiles is None:
+        major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+        capability = 10 * major + minor
+        tiles = choose_tiles(rows=scores.numel(), experts=count, width=hidden, capability=capability)
     differentiable = any(tensor.requires_grad for tensor in (x, fc1, fc2, scores))
     keep = torch.is_grad_enabled() and differentiable
     with torch.cuda.device_of(x):

@@ -1,0 +1,94 @@
+"""Cases of the machine code of the expert kernels, run by test_triton_experts.py in a process of its own.
+
+That process does not interpret.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain_kernels.triton_compile import SHARED_MEMORY_LIMIT, compile_ahead
+from pretrain_kernels.triton_experts import Tiles, steps
+from pretrain_kernels.triton_experts.routing import route_grouped, route_tokens
+from pretrain_kernels.triton_experts.tiles import BEFORE_HOPPER, FEW_ROWS, MANY_ROWS
+from pretrain_kernels.triton_support import Launch
+
+# Tokens, choices, experts, model and expert width: of Qwen3-30B-A3B.
+T, K, E, D, F = 4096, 8, 128, 2048, 768
+MATRIX_KERNELS = ("up_kernel", "rows_kernel", "dh_kernel", "dw_kernel")
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without memory: compiling looks at types and sizes alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(tiles: Tiles, *, grouped: bool) -> list[Launch]:
+    """All launches of a forward and a backward pass in bf16, weight gradients stored in bf16 and added to fp32."""
+    done: list[Launch] = []
+    run = done.append
+    x, fc1, fc2 = meta(T * K if grouped else T, D), meta(E, 2 * F, D), meta(E, D, F)
+    if grouped:
+        counts, scores = meta(E, dtype=torch.int64), meta(T * K, dtype=torch.float32)
+        route = route_grouped(counts, scores, tile=tiles.rows, run=run)
+    else:
+        experts, scores = meta(T, K, dtype=torch.int64), meta(T, K, dtype=torch.float32)
+        route = route_tokens(experts, scores, expert_count=E, tile=tiles.rows, run=run)
+    y, h = steps.forward(x, fc1, fc2, route, tiles=tiles, keep=True, run=run)
+    assert h is not None
+    dh, scaled, _ = steps.backward_rows(y, fc2, h, route, tiles=tiles, run=run)
+    steps.backward_input(dh, fc1, route, tiles=tiles, run=run)
+    common = {"route": route, "tiles": tiles, "run": run}
+    for left, right, weight, gathered in ((dh, x, fc1, "right"), (y, scaled, fc2, "left")):
+        for out, accumulate, trainable in ((weight, False, None), (weight.float(), True, meta(E, dtype=torch.uint8))):
+            steps.backward_weight(
+                left, right, out, gathered=gathered, trainable=trainable, accumulate=accumulate, **common
+            )
+    return done
+
+
+def problems(launch: Launch, capability: int) -> list[str]:
+    """What is wrong with the machine code of one launch."""
+    name = launch.kernel.__name__
+    code = compile_ahead(launch, capability=capability)
+    found = []
+    if code.local_accesses or code.stack_bytes:
+        found.append("spills")
+    if code.shared_bytes > SHARED_MEMORY_LIMIT[capability]:
+        found.append("shared memory")
+    if name in MATRIX_KERNELS and not code.tensor_instructions:
+        found.append("no tensor-core instructions")
+    if name in MATRIX_KERNELS and capability >= 90 and not code.bulk_loads:
+        found.append("no bulk loads")
+    return [f"{name}: {problem}: {code}" for problem in found]
+
+
+def check(chosen: list[Launch], capability: int) -> None:
+    """All of them are free of problems."""
+    found = [problem for launch in chosen for problem in problems(launch, capability)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "grouped"])
+@pytest.mark.parametrize("tiles", [MANY_ROWS, FEW_ROWS], ids=["many", "few"])
+def test_hopper(tiles: Tiles, layout: str) -> None:
+    check(launches(tiles, grouped=layout == "grouped"), 90)
+
+
+@pytest.mark.parametrize(("capability", "tiles"), [(80, BEFORE_HOPPER), (100, MANY_ROWS)], ids=["ampere", "blackwell"])
+def test_neighbours_of_hopper(capability: int, tiles: Tiles) -> None:
+    """One launch of each kernel."""
+    first = {launch.kernel.__name__: launch for launch in reversed(launches(tiles, grouped=False))}
+    assert len(first) == 9
+    check(list(first.values()), capability)
+
+
+def test_a_tile_that_is_too_large_is_noticed() -> None:
+    tile = replace(MANY_ROWS.up, n=256)  # two sums of 128 x 256 in fp32: 256 registers a thread
+    tiles = replace(MANY_ROWS, up=tile)
+    up = next(launch for launch in launches(tiles, grouped=True) if launch.kernel.__name__ == "up_kernel")
+    assert [problem.split(": ")[1] for problem in problems(up, 90)] == ["spills", "shared memory"]
