@@ -64,7 +64,10 @@ def history(config: Config, records: Sequence[Record]) -> tuple[GrowthPoint, ...
 
 
 def next_growth(config: Config, done: int, *, scores: Mapping[str, Sequence[float]]) -> GrowthPoint:
-    """Growth number `done` + 1. `scores`: MoE layer -> utility of each expert, for growths that go by it."""
+    """Growth number `done` + 1. `scores`: MoE layer -> utility of each expert, for growths that go by it.
+
+    Raises ValueError, before anything has changed, for a tensor that growth has no map for.
+    """
     run, growth = stages(config), config.growth[done]
     utility = growth.experts.utility if growth.experts else None
     copies = {}
@@ -73,7 +76,10 @@ def next_growth(config: Config, done: int, *, scores: Mapping[str, Sequence[floa
             int(layer): share_copies(values, growth.experts.factor, utility.max_copies)
             for layer, values in scores.items()
         }
-    return GrowthPoint(done + 1, growth, run[done].config.model, run[done + 1].config.model, copies)
+    point = GrowthPoint(done + 1, growth, run[done].config.model, run[done + 1].config.model, copies)
+    for tensor in logical_tensors(point.after):
+        point.tensor_map(tensor)
+    return point
 
 
 def rewarms(config: Config, records: Sequence[Record]) -> list[Rewarm | None]:
@@ -121,12 +127,6 @@ def check_history(config: Config, records: Sequence[Record], *, step: int, where
                 f"growth[{len(records)}]: due at step {due}, but {where} is at step {step} and has not been through "
                 f"it; grow at step {step} or later, or go back to an older checkpoint"
             )
-
-
-def check_tensors(point: GrowthPoint) -> None:
-    """Whether every tensor of the grown model has a map. Raises ValueError naming the tensor."""
-    for tensor in logical_tensors(point.after):
-        point.tensor_map(tensor)
 
 
 def _dump(growth: GrowthConfig) -> dict[str, Any]:
