@@ -73,7 +73,7 @@ def _source(launch: Launch) -> Any:
         if parameter.is_constexpr:
             kind, key = "constexpr", value
         else:
-            kind, key = native_specialize_impl(CUDABackend, value, False, True, True)
+            kind, key = native_specialize_impl(CUDABackend, value, False, not parameter.do_not_specialize, True)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[index,] = key

@@ -41,7 +41,7 @@ def halves(block, M: tl.constexpr, N: tl.constexpr):
     return block.reshape(M, 2, N // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def up_kernel(
     x, token, fc1, h, a, score, tile_expert, tile_row, offsets, tiles, D, F,
     GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -84,7 +84,7 @@ def up_kernel(
     tl.store(a + at * F + column[None, :], active.to(a.dtype.element_ty), mask=needed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def rows_kernel(
     left, weight, out, tile_expert, tile_row, offsets, tiles, N, DEPTH,
     TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -145,7 +145,7 @@ def dswiglu_half(d_active, first, start, row, inside, weight, h, dh, scaled, F, 
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "R"])
 def dh_kernel(
     dy, token, fc2, h, score, dh, scaled, partial, tile_expert, tile_row, offsets, tiles, R, D, F,
     GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,

@@ -6,7 +6,8 @@ Nothing here waits for the device: the table's length is a bound that the host k
 No atomics: a row's position is its expert's offset, plus the rows of that expert in earlier blocks, plus its rank
 within its block, so the order is stable.
 
-R rows, E experts, T tokens, K experts of a token (R = T K where tokens are routed).
+R rows, E experts, T tokens, K experts of a token (R = T K where tokens are routed). Sizes that change from step to step
+are not specialized on, so that no kernel is compiled again in the middle of a run.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Route:
         return (self.offsets, self.tile_expert, self.tile_row, self.score, self.token, self.position)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def count_kernel(experts, counts, rows, E, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """counts[block, e]: how many of a block's rows chose expert e."""
     block = tl.program_id(0)
@@ -59,7 +60,7 @@ def count_kernel(experts, counts, rows, E, BLOCK: tl.constexpr, STEP: tl.constex
         tl.store(counts + block.to(tl.int64) * E + candidate, count, mask=candidate < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(counts, totals, blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Turn counts[block, e] into the count of all earlier blocks, in place, and write totals[e]."""
     expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,7 +75,7 @@ def scan_kernel(counts, totals, blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.cons
     tl.store(totals + expert, seen, mask=expert < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def tile_kernel(totals, offsets, tile_expert, tile_row, E, tiles, BM: tl.constexpr, BINS: tl.constexpr,
                 STEP: tl.constexpr):  # fmt: skip
     """Program e < E writes expert e's offset and tiles; program E writes the end and marks the surplus tiles."""
@@ -95,7 +96,7 @@ def tile_kernel(totals, offsets, tile_expert, tile_row, E, tiles, BM: tl.constex
         tl.store(tile_row + first_tile + index, first_row + index * BM, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def place_kernel(experts, scores, earlier, offsets, position, token, score, rows, E, K, BLOCK: tl.constexpr):
     """position[row] for each choice, and the token and score of each sorted row."""
     block = tl.program_id(0)
@@ -175,7 +176,8 @@ def _tiles(totals: Tensor, *, rows: int, tile: int, run: Callable[[Launch], None
     experts = totals.numel()
     tiles = tile_bound(rows, experts, tile)
     offsets = torch.empty(experts + 1, dtype=torch.int32, device=totals.device)
-    tile_expert, tile_row = torch.empty(2, tiles, dtype=torch.int32, device=totals.device)
+    # One by one: both then start at an aligned address, whatever their length.
+    tile_expert, tile_row = (torch.empty(tiles, dtype=torch.int32, device=totals.device) for _ in range(2))
     arguments = {
         "totals": totals, "offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "E": experts,
         "tiles": tiles, "BM": tile, "BINS": triton.next_power_of_2(experts), "STEP": 128,
