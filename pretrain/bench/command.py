@@ -99,8 +99,6 @@ def _bench_steps(device: torch.device, *, rounds: int, quick: bool) -> list[Resu
 def _bench_growth(device: torch.device, *, rounds: int, quick: bool) -> list[GrowthResult]:
     """Growth beside its floor and the round trip."""
     workload = growth_workload(quick=quick)
-    if dist.get_rank() == 0:
-        print("measuring growth ...", file=sys.stderr, flush=True)
     meshes = Meshes(device)
     try:
         # What a run prints would come between the lines of the table.

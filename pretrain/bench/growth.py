@@ -9,6 +9,7 @@ import ctypes
 import gc
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -144,9 +145,11 @@ def measure_growth(workload: Workload, meshes: Meshes, *, rounds: int) -> list[G
             offline_grower() if dist.get_rank() == 0 else nullcontext() as grow_offline,
         ):
             clock.begin_steps()
-            for _ in range(rounds):
+            for number in range(rounds):
                 steps.append(_largest([_step_seconds(run, state)], run.ranks)[0])
                 for name, config in configs.items():
+                    if dist.get_rank() == 0:
+                        print(f"growth, round {number + 1} of {rounds}: {name} ...", file=sys.stderr, flush=True)
                     costs[name].append(_measure_once(run, config, folder, grow_offline))
     return [
         GrowthResult(name, _planned_bytes(config, processes), costs[name], steps) for name, config in configs.items()
