@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pretrain.bench import growth_report
+from pretrain.bench import growth_report, rates
 from pretrain.bench.growth import Cost, GrowthResult, Moved, growth_kinds, moved_bytes
 from pretrain.bench.rates import Rates
 from pretrain.bench.workloads import SMALL
@@ -28,6 +28,7 @@ from pretrain.model.logical import logical_tensors
 from pretrain.optim.sharded import state_key
 from tests.bench.test_bench import tiny
 from tests.helpers.distributed import run_ranks
+from tests.helpers.layouts import single_process
 
 FP32 = 4
 COST = Cost(live=1.0, round_trip=4.0, transplant=0.6, floor=0.3, both_bytes=900.0, peak_bytes=1000.0)
@@ -36,7 +37,7 @@ RESULT = GrowthResult("depth x2", planned_bytes=1000, costs=[COST] * 3, steps=[0
 
 def run_bench(json_file: str, kinds: list[str]) -> str:
     """`pretrain bench growth --quick` on the tiny model and small buffers; what this rank printed."""
-    from pretrain.bench import command, growth, rates
+    from pretrain.bench import command, growth
 
     command.growth_workload = lambda quick: tiny()
     growth.growth_kinds = lambda processes: {kind: growth_kinds(processes)[kind] for kind in kinds}
@@ -47,13 +48,10 @@ def run_bench(json_file: str, kinds: list[str]) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("processes", "kinds"), [(1, ["depth x2"]), (2, ["experts x2, noise", "depth x2, new layout"])]
-)
-def test_measures_growth(tmp_path: Path, processes: int, kinds: list[str]) -> None:
-    file = tmp_path / "growth.json"
-    printed, *others = run_ranks(run_bench, processes, str(file), kinds)
-    assert others == [""] * (processes - 1)
+def test_measures_growth(tmp_path: Path) -> None:
+    file, kinds = tmp_path / "growth.json", ["experts x2, noise", "depth x2, new layout"]
+    printed, other = run_ranks(run_bench, 2, str(file), kinds)
+    assert other == ""
     found = json.loads(file.read_text())["growth"]
     assert [growth["kind"] for growth in found] == kinds
     for growth in found:
@@ -108,6 +106,14 @@ def test_floor() -> None:
     parts = Moved(read=100, written=300, received=50)
     assert parts.floor(Rates(copy=200.0, exchange=25.0)) == 4.0
     assert replace(parts, received=0).floor(Rates(copy=200.0, exchange=math.inf)) == 2.0
+
+
+def test_one_process_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "BUFFER_BYTES", 1 << 20)
+    with single_process():
+        found = rates.measure_rates(torch.device("cpu"))
+    assert 0 < found.copy < math.inf
+    assert found.exchange == math.inf
 
 
 def test_ratios() -> None:
