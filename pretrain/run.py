@@ -162,6 +162,7 @@ def open_data(config: Config) -> tuple[BlendedDataset, BlendedDataset | None]:
 
 
 def open_batches(config: Config, mesh: Mesh, data: BlendedDataset, *, consumed_samples: int) -> BatchIterator:
+    """This rank's micro-batches of a layout, from a position in the global sample order on."""
     return BatchIterator(
         data, config.batch, dp_rank=mesh.data_rank, dp_size=mesh.data_size, consumed_samples=consumed_samples
     )
@@ -194,12 +195,7 @@ def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterato
                 stack.enter_context(run_directory.locked(config.run.directory))
         damaged: list[str] = []
         durable: SimpleQueue[tuple[Path, float]] = SimpleQueue()
-        checkpoints = Checkpoints(
-            config.run.directory / run_directory.CHECKPOINTS,
-            config.checkpoint,
-            on_durable=lambda path, seconds: durable.put((path, seconds)),
-            on_damaged=lambda path, findings: damaged.append(f"{path.name}: {'; '.join(findings)}"),
-        )
+        checkpoints = _open_checkpoints(config, durable, damaged)
         newest = checkpoints.latest_valid()
         state = TrainState(data_fingerprint=train_data.fingerprint)
         changed: list[str] = []
@@ -241,6 +237,16 @@ def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterato
         yield run, state
         checkpoints.wait()
         run.report_durable(state)
+
+
+def _open_checkpoints(config: Config, durable: SimpleQueue[tuple[Path, float]], damaged: list[str]) -> Checkpoints:
+    """The checkpoints of the run, which tell what became durable and what is damaged. Collective."""
+    return Checkpoints(
+        config.run.directory / run_directory.CHECKPOINTS,
+        config.checkpoint,
+        on_durable=lambda path, seconds: durable.put((path, seconds)),
+        on_damaged=lambda path, findings: damaged.append(f"{path.name}: {'; '.join(findings)}"),
+    )
 
 
 def _read_state(path: Path, config: Config, train_data: BlendedDataset) -> tuple[TrainState, list[str]]:
