@@ -6,6 +6,7 @@ Letters: E experts on this rank, T tokens, K experts of a token, R routed rows, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -83,11 +84,11 @@ def swiglu_experts(
         ValueError: tensors that do not fit together.
     """
     _check_tensors(x, fc1, fc2, routing)
-    _, D, F = fc2.shape
+    kind = (x.device, x.dtype, *fc2.shape[1:])
     if backend == "auto":
-        backend = choose_backend(x.device, x.dtype, D, F)
+        backend = choose_backend(*kind)
     else:
-        check_backend(backend, x.device, x.dtype, D, F)
+        check_backend(backend, *kind)
     if backend == "triton":
         # Not at the top: the package works without Triton.
         from pretrain_kernels.triton_experts import swiglu_experts_triton  # noqa: PLC0415
@@ -95,18 +96,17 @@ def swiglu_experts(
         return swiglu_experts_triton(
             x, fc1, fc2, **vars(routing), trainable=trainable, accumulate_main_grad=accumulate_main_grad
         )
-    products = GROUPED_MM if backend == "grouped_mm" else LOOP
+    experts = partial(
+        grouped_experts,
+        trainable=trainable,
+        products=GROUPED_MM if backend == "grouped_mm" else LOOP,
+        accumulate_main_grad=accumulate_main_grad,
+    )
     if isinstance(routing, Grouped):
-        return grouped_experts(
-            x, fc1, fc2, routing.rows_per_expert, routing.scores,
-            trainable=trainable, products=products, accumulate_main_grad=accumulate_main_grad,
-        )  # fmt: skip
-    order = sort_by_expert(routing.experts, fc1.shape[0])
-    y = grouped_experts(
-        permute(x, order), fc1, fc2, order.rows_per_expert, routing.scores.flatten()[order.choice],
-        trainable=trainable, products=products, accumulate_main_grad=accumulate_main_grad,
-    )  # fmt: skip
-    return unpermute(y, order)
+        return experts(x, fc1, fc2, routing.rows_per_expert, routing.scores)
+    order = sort_by_expert(routing.experts, len(fc1))
+    scores = routing.scores.flatten()[order.choice]
+    return unpermute(experts(permute(x, order), fc1, fc2, order.rows_per_expert, scores), order)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, D: int, F: int) -> Backend:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from pretrain_kernels import (
     swiglu_experts,
     triton_support,
 )
+from tests.kernels.triton_process import run_cases
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -149,17 +147,9 @@ def test_tensors_that_do_not_fit(change: dict[str, object], problem: str) -> Non
 
 
 @pytest.mark.skipif(not triton_support.installed(), reason="Triton is not installed")
-def test_triton_through_the_one_function() -> None:
+def test_triton_through_the_one_function(tmp_path: Path) -> None:
     """In the interpreter, in a process of its own: a few of the tests that the other backends pass."""
-    names = "triton and (memory_layout or (under_megatron and True) or loss_curves)"
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-k", names]
-    done = subprocess.run(
-        [*command, "tests/kernels/test_experts.py"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "3 passed" in done.stdout
+    only = "triton and (memory_layout or (under_megatron and True) or loss_curves)"
+    results = run_cases(Path(__file__).with_name("test_experts.py"), tmp_path, interpret=True, only=only)
+    assert len(results) == 3
+    assert not any(results.values()), results
