@@ -393,6 +393,7 @@ def alone() -> Iterator[tuple[Path, dict[str, Any]]]:
         yield Path(folder), grow_alone(Path(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_layout_to_any_other(alone: tuple[Path, dict[str, Any]], size: int) -> None:
     folder, figures = alone

@@ -22,6 +22,8 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.growing_runs import checkpoint, growing_config, tensor_bytes, written
 from tests.helpers.runs import events, make_corpus, rows
 
+pytestmark = pytest.mark.slow
+
 GROWN_AT = 2
 RUN = {"budget": {"steps": 6}, "checkpoint": {"every_steps": 4, "keep": 20}, "schedule": {"warmup_steps": 1}}
 MANY = {

@@ -238,6 +238,7 @@ def _train_watching(configs: list[Config]) -> list[list[Any]]:
     return seen
 
 
+@pytest.mark.slow
 def test_layouts_change_in_a_run(
     whole: tuple[Config, Result],
     corpus: Path,
