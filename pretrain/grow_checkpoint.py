@@ -62,7 +62,7 @@ def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progre
         grown = _Grown(point, reader, seed=config.run.seed)
         figures = growth_figures(point, sequence_length=config.batch.sequence_length)
         state.growths.append({**record_of(point, state.step), "figures": figures})
-        state.scores, state.scored_steps = {}, 0
+        state.scores = {}
         if point.config.optimizer_state == "reset" and state.optimizer:
             state.optimizer["step"] = 0
         destination = out / CHECKPOINTS / Moment(state.step, grown=True).name
@@ -91,7 +91,7 @@ def _checkpoint_in(source: Path) -> Path:
 
 def _point(path: Path, config: Config, state: TrainState) -> GrowthPoint:
     """The growth that `config` has for this checkpoint."""
-    check_history(config, state.growths, step=state.step, where=str(path))
+    check_history(config, state.growths, step=state.step, scores=state.scores, where=str(path))
     done = len(state.growths)
     if done == len(config.growth):
         raise ConfigError([f"growth: {path} has been through all {done} points; add one at_step = {state.step}"])
@@ -105,12 +105,6 @@ def _point(path: Path, config: Config, state: TrainState) -> GrowthPoint:
     differing = [change for change in changed if change.startswith(("model.", "optim.kind"))]
     if differing:
         raise ConfigError([f"{change}: not what {path} was trained with; restore it" for change in differing])
-    experts = config.growth[done].experts
-    if experts and experts.utility and not state.scores:
-        raise CheckpointError(
-            f"growth[{done}].experts.utility: {path} has no measure of its experts; train its last "
-            f"{experts.utility.steps} steps with this growth in the configuration"
-        )
     return next_growth(config, done, scores=state.scores)
 
 

@@ -18,7 +18,6 @@ import torch
 from pretrain.checkpoint.steps import Moment
 from pretrain.config.stages import describe_rewarm, describe_state, growth_step, stages
 from pretrain.data.batches import validation_batches
-from pretrain.errors import CheckpointError
 from pretrain.growth.history import growth_figures, history, next_growth, record_of
 from pretrain.growth.live import grow_model, moving_tensors
 from pretrain.growth.maps import GrowthPoint
@@ -42,11 +41,11 @@ class Reading:
 
 
 def growth_due(run: Run, state: TrainState) -> GrowthPoint | None:
-    """The growth that comes before the next step, if one does. Raises CheckpointError when it cannot be done."""
+    """The growth that comes before the next step, if one does."""
     done = len(state.growths)
     if done == len(run.written.growth) or growth_step(run.written, run.written.growth[done]) != state.step:
         return None
-    return _next(run, state)
+    return next_growth(run.written, done, scores=state.scores)
 
 
 def note_scores(run: Run, state: TrainState) -> None:
@@ -55,7 +54,6 @@ def note_scores(run: Run, state: TrainState) -> None:
         model = run.config.model
         state.scores = state.scores or no_scores(model.moe_layers, model.num_experts)
         add_scores(state.scores, run.engine.shards, model.num_experts)
-        state.scored_steps += 1
 
 
 def grow(run: Run, point: GrowthPoint, state: TrainState) -> None:
@@ -90,17 +88,6 @@ def grow(run: Run, point: GrowthPoint, state: TrainState) -> None:
         print(_block(point, figures, cost), flush=True)
 
 
-def _next(run: Run, state: TrainState) -> GrowthPoint:
-    done = len(state.growths)
-    experts = run.written.growth[done].experts
-    if experts and experts.utility and state.scored_steps == 0:
-        raise CheckpointError(
-            f"growth[{done}].experts.utility: the run has not measured its experts in the {experts.utility.steps} "
-            f"steps before step {state.step}; go on from an older checkpoint, or grow later"
-        )
-    return next_growth(run.written, done, scores=state.scores)
-
-
 def _replace(run: Run, point: GrowthPoint, state: TrainState) -> Traffic:
     """Put the grown model in the place of the old one."""
     stage = stages(run.written)[point.number].config
@@ -110,7 +97,7 @@ def _replace(run: Run, point: GrowthPoint, state: TrainState) -> Traffic:
     del run.engine, run.optimizer
     gc.collect()
     state.growths.append(record_of(point, state.step))
-    state.scores, state.scored_steps = {}, 0
+    state.scores = {}
     done = history(run.written, state.growths)
     grown = grow_model(done, old, stage, run.meshes.of(stage.parallel), optimizer_state=counter, ranks=run.ranks)
     run.engine, run.optimizer, run.config = grown.engine, grown.optimizer, stage

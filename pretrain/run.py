@@ -56,7 +56,6 @@ class TrainState:
     """The growths the run has been through, see `growth.history`."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Utility of experts so far, when the next growth goes by it, see `growth.scores`."""
-    scored_steps: int = 0
     data_fingerprint: str = ""
     """Of the blend that `samples` is a position in."""
     rng: str = ""
@@ -288,7 +287,7 @@ def _check_resumable(path: Path, state: TrainState, config: Config, train_data: 
         raise CheckpointError(
             f"budget: {config.total_steps} steps, but {path} has done {state.step} already; raise the budget"
         )
-    check_history(config, state.growths, step=state.step, where=str(path))
+    check_history(config, state.growths, step=state.step, scores=state.scores, where=str(path))
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

@@ -11,6 +11,7 @@ from pretrain.config.schema import Config
 from pretrain.config.stages import describe_growth, growth_step, preserves_function, stages
 from pretrain.errors import CheckpointError
 from pretrain.growth.maps import GrowthPoint, share_copies
+from pretrain.growth.scores import Scores
 from pretrain.model.counts import count_flops, count_parameters
 from pretrain.model.logical import logical_tensors
 from pretrain.optim.schedule import Rewarm
@@ -101,10 +102,11 @@ def rewarms(config: Config, records: Sequence[Record]) -> list[Rewarm | None]:
     return found
 
 
-def check_history(config: Config, records: Sequence[Record], *, step: int, where: str) -> None:
+def check_history(config: Config, records: Sequence[Record], *, step: int, scores: Scores, where: str) -> None:
     """Whether a checkpoint, named `where`, can go on under a configuration. Raises CheckpointError.
 
-    It must have been grown by the configuration's own growth points so far, and not be past the next one.
+    It must have been grown by the configuration's own growth points so far, and not be past the next one; if that is
+    due now and goes by the utility of experts, it must have measured them.
     """
     if len(records) > len(config.growth):
         raise CheckpointError(
@@ -121,7 +123,14 @@ def check_history(config: Config, records: Sequence[Record], *, step: int, where
                 "go back to an older checkpoint"
             )
     if len(records) < len(config.growth):
-        due = growth_step(config, config.growth[len(records)])
+        growth = config.growth[len(records)]
+        due = growth_step(config, growth)
+        if due == step and growth.experts and growth.experts.utility and not scores:
+            steps = growth.experts.utility.steps
+            raise CheckpointError(
+                f"growth[{len(records)}].experts.utility: {where} has not measured its experts in the {steps} steps "
+                f"before it; train them with this growth in the configuration, or grow later"
+            )
         if due < step:
             raise CheckpointError(
                 f"growth[{len(records)}]: due at step {due}, but {where} is at step {step} and has not been through "

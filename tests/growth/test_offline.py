@@ -260,7 +260,7 @@ def test_refused_a_damaged_checkpoint(live: dict[str, Config], tmp_path: Path) -
 def test_refused_utility_without_a_measure(live: dict[str, Config], corpus: Path, tmp_path: Path) -> None:
     case = Case(UTILITY, {}, {}, {})
     config = config_of(case, corpus, tmp_path / "run")
-    words = r"growth\[0\].experts.utility: .*step_00000002 has no measure of its experts; train its last 2 steps with"
+    words = r"growth\[0\].experts.utility: .*step_00000002 has not measured its experts in the 2 steps before it"
     refused(checkpoint(live[FIRST], "2"), config, tmp_path / "out", words)
 
 

@@ -337,13 +337,12 @@ def test_utility_needs_scores(
     config, _ = whole
     utility = {"at_step": 2, "experts": {"top_k": "hold", "utility": {"steps": 2}}}
     forget_after(config.run.directory, tmp_path / "run", "step_00000002")
-    before = contents(tmp_path / "run" / "checkpoints")
-    growing = len(events(tmp_path / "run", "growing"))
+    before = contents(tmp_path / "run")
     result = command("train", written(growing_config(corpus, tmp_path / "run", [utility], **RUN), tmp_path))
     assert result.code == 2
-    assert "growth[0].experts.utility: the run has not measured its experts in the 2 steps before step 2" in result.err
-    assert contents(tmp_path / "run" / "checkpoints") == before
-    assert len(events(tmp_path / "run", "growing")) == growing
+    assert "growth[0].experts.utility" in result.err
+    assert "has not measured its experts in the 2 steps before it" in result.err
+    assert contents(tmp_path / "run") == before
     # A step later, one of two steps is measured, and that serves.
     later = {**utility, "at_step": 3}
     assert command("train", written(growing_config(corpus, tmp_path / "run", [later], **RUN), tmp_path)).code == 0
