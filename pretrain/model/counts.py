@@ -250,7 +250,7 @@ def _layer_bytes_per_token(model: ModelConfig, layout: Layout, layer: int, width
 
 
 def _swiglu_values(F: int) -> int:
-    """Gate and up fused, silu(gate), up (times score where routed), and the product that enters the down projection."""
+    """Gate and up fused, silu(gate), up, and the product that enters the down projection, of a dense MLP."""
     return 5 * F
 
 
@@ -258,8 +258,8 @@ def _moe_bytes_per_token(model: ModelConfig, layout: Layout, width: int) -> int:
     """Kept inside the MoE block, with tokens spread evenly over the expert-parallel ranks."""
     D, E, K, F = model.hidden_size, model.num_experts, model.top_k, model.expert_ffn_size
     router = 2 * E * FP32_BYTES  # logits and scores
-    # A routed row enters every rank of its expert tensor group whole.
-    rows = K * (layout.expert_tensor * D + _swiglu_values(F)) * width
+    # A routed row enters every rank of its expert tensor group whole. Of its MLP only gate and up are kept.
+    rows = K * (layout.expert_tensor * D + 2 * F) * width
     return router + rows + _swiglu_values(model.shared_expert_ffn_size) * width
 
 
