@@ -8,6 +8,7 @@ import csv
 import importlib
 import itertools
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -558,3 +559,19 @@ def test_a_failing_check_ends_the_command_before_anything_is_measured(
     monkeypatch.setattr(check, "run_checks", lambda device: iter(()))
     monkeypatch.setattr(command, "measure_all", lambda *_: Results())
     assert command.main([]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_runs_on_a_gpu(tmp_path: Path, gpu_environment: dict[str, str]) -> None:
+    file = tmp_path / "out.json"
+    arguments = ["--quick", "--shapes", "SPARKLING", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain_kernels.bench", *arguments],
+        env=gpu_environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    ours = [found for found in content["measurements"] if found["variant"] == OURS]
+    assert {found["shape"] for found in ours} == {"SPARKLING"}
+    assert all(second > 0 for found in ours for second in found["seconds"])
