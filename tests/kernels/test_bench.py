@@ -539,6 +539,15 @@ def test_refuses_what_would_fail_in_the_end(gpu: None, monkeypatch: pytest.Monke
     assert "TRITON_INTERPRET=1" in str(command.obstacle(command.parse([])))
 
 
+def test_describes_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    properties = types.SimpleNamespace(name="some GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    machine = command.describe_machine(5)
+    assert (machine["device"], machine["compute capability"], machine["rounds"]) == ("some GPU", "9.0", 5)
+    assert machine["triton"] == triton.__version__
+
+
 def test_a_failing_check_ends_the_command_before_anything_is_measured(
     gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

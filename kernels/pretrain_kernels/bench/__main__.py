@@ -12,6 +12,7 @@ import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 import torch
 
@@ -82,16 +83,15 @@ def obstacle(options: argparse.Namespace) -> str | None:
 def describe_machine(rounds: int) -> dict[str, object]:
     """What figures depend on."""
     properties = torch.cuda.get_device_properties(0)
-    # Not at the top: the rest works without Triton.
-    import triton  # noqa: PLC0415
-
+    # Whatever the distribution is called: torch's nightly builds bring their own.
+    triton = metadata.packages_distributions()["triton"][0]
     return {
         "device": properties.name,
         "compute capability": f"{properties.major}.{properties.minor}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda,
-        "triton": triton.__version__,
+        "triton": metadata.version(triton),
         "rounds": rounds,
     }
 
