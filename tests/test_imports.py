@@ -26,7 +26,8 @@ LEVELS = [
     {"run"},
     {"growing", "grow_checkpoint"},
     {"train", "plan", "demo"},
-    {"tuning", "decentral", "bench", "studies"},
+    {"tuning", "decentral", "bench"},
+    {"studies"},
     {"cli"},
     {"__main__"},
 ]

@@ -17,7 +17,8 @@ from pretrain.studies.arms import ARMS, SMALL, Arm, Family, Rates, arm_config, a
 from pretrain.studies.pictures import draw_curves, draw_final_losses
 from pretrain.studies.report import CURVES_PICTURE, FINAL_PICTURE, Study, Sweep, best_rate, markdown, summary, to_json
 from pretrain.studies.results import curve, outcome
-from pretrain.studies.running import Job, Train, run_jobs, train_in_process
+from pretrain.studies.running import Job, run_jobs
+from pretrain.tuning.running import Train, train_in_process
 
 CONFIG_FILE = Path("configs/studies/growth.toml")
 RUNS, REPORT_FILE, RESULTS_FILE = "runs", "README.md", "results.json"

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.checkpoint.steps import Moment, list_moments, moment_of
-from pretrain.config.load import dump_config, load_config
+from pretrain.config.load import dump_config
 from pretrain.config.schema import Config
 from pretrain.config.stages import growth_step
 from pretrain.errors import UserError
-from pretrain.metrics.jsonl import read_jsonl
-from pretrain.metrics.recorder import EVENTS_FILE
-from pretrain.run import changed_keys
-from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
+from pretrain.run_directory import CHECKPOINTS
 from pretrain.signals import DONE
+from pretrain.tuning.running import LOG_FILE, Train, is_finished, train_in_process
 
-CONFIGURATIONS, LOG_FILE = "configs", "output.txt"
-Train = Callable[[Path, Path], int]
-"""Trains a run: (file of its configuration, file for what it prints) -> exit code."""
+CONFIGURATIONS = "configs"
 
 
 @dataclass(frozen=True)
@@ -38,14 +31,6 @@ class Job:
     @property
     def directory(self) -> Path:
         return self.config.run.directory
-
-
-def train_in_process(config_file: Path, log_file: Path) -> int:
-    """`pretrain train` in a process of its own, on one thread of the CPU; returns the exit code."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with log_file.open("a") as log:
-        command = [sys.executable, "-m", "pretrain", "train", str(config_file)]
-        return subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def run_jobs(jobs: Sequence[Job], *, at_once: int, train: Train = train_in_process) -> list[Path]:
@@ -69,22 +54,6 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, train: Train = train_in_proce
         # On an error or Ctrl-C, runs that have begun end by themselves: a terminal's Ctrl-C reaches them, too.
         pool.shutdown(cancel_futures=True)
     return trained
-
-
-def is_finished(config: Config) -> bool:
-    """Whether a run of this configuration has been trained to its end. Raises UserError if another one lies there."""
-    directory = config.run.directory
-    if not (directory / CONFIG_FILE).exists():
-        return False
-    changes = changed_keys(load_config(directory / CONFIG_FILE), config)
-    if changes:
-        raise UserError(
-            f"{directory}: holds a run of another configuration ({'; '.join(changes[:3])}); remove it, or give "
-            "another --out"
-        )
-    events = directory / EVENTS_FILE
-    ends = [row["step"] for row in read_jsonl(events) if row["event"] == "finished"] if events.exists() else []
-    return config.total_steps in ends
 
 
 def _run(job: Job, train: Train) -> None:

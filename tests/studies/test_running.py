@@ -12,7 +12,8 @@ from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.studies.arms import ARMS, SMALL
 from pretrain.studies.command import CONFIG_FILE, jobs_of, seed_configs
-from pretrain.studies.running import is_finished, run_jobs
+from pretrain.studies.running import run_jobs
+from pretrain.tuning.running import is_finished
 from tests.studies.synthetic import RATES
 
 ROOT = Path(__file__).parents[2]

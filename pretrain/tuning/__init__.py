@@ -1,0 +1,1 @@
+"""Tuning by sweeps: the three-phase method, and what its losses and hyperparameters say."""
