@@ -84,14 +84,21 @@ def test_repeatable_and_layout_free():
 
 
 @pytest.mark.parametrize(
-    ("form", "dtype", "bound"),
-    [("plain", torch.float32, 1e-5), ("plain", torch.bfloat16, 8e-2), ("gram", torch.bfloat16, 1e-2)],
+    ("coefficients", "form", "dtype", "bound"),
+    [
+        ("keller_jordan", "plain", torch.float32, 1e-5),
+        ("keller_jordan", "plain", torch.bfloat16, 8e-2),
+        ("keller_jordan", "gram", torch.bfloat16, 1e-2),
+        ("polar_express", "gram", torch.bfloat16, 1e-2),
+    ],
 )
-def test_iteration_equals_fp64(form, dtype, bound):
+def test_iteration_equals_fp64(coefficients, form, dtype, bound):
     x = torch.randn(3, 72, 24)  # tall, and more columns than one block when it lies down
     x[1] = 0
-    y = newton_schulz(x, 5, dtype, form=form, backend="triton")
-    expected, fewer = (newton_schulz(x.double(), steps, torch.float64, backend="torch") for steps in (5, 4))
+    y = newton_schulz(x, 5, dtype, coefficients=coefficients, form=form, backend="triton")
+    expected, fewer = (
+        newton_schulz(x.double(), steps, torch.float64, coefficients=coefficients, backend="torch") for steps in (5, 4)
+    )
     assert distance(y, expected) < bound
     assert distance(y, fewer) > 0.1, "one step less must show"
     assert not y[1].any()
