@@ -73,13 +73,14 @@ def fit(points: Sequence[Point]) -> PowerLaw:
     Look at `identifiable` before trusting a prediction far from the points. Raises ValueError without points.
     """
     sizes, ratios, values = _columns(points)
-    mean = float(values.mean())
     if np.ptp(values) == 0:
-        return PowerLaw(0.0, 0.0, 0.0, mean, False, f"all values are {mean:g}: they show no law, only that value")
+        value = float(values[0])
+        return PowerLaw(0.0, 0.0, 0.0, value, False, f"all values are {value:g}: they show no law, only that value")
 
     def residual(parameters: Array) -> Array:
         return _power_term(parameters, sizes, ratios) + parameters[3] - values
 
+    mean = float(values.mean())
     start = np.array([0.0, START_EXPONENT, START_EXPONENT, mean])
     if len(points) < len(start):
         warning = f"{len(points)} points cannot determine 4 parameters: predicts their mean"
