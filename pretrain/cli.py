@@ -13,16 +13,18 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pretrain import __version__
+from pretrain.arguments import command, positive
 from pretrain.config.load import load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.platform.launcher import find_launch
+from pretrain.tuning.commands import add_tuning_commands
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 SPEAK_AFTER_SECONDS = 10
@@ -220,54 +222,35 @@ def _parser() -> argparse.ArgumentParser:
     _add_result_commands(commands)
     _add_bench_command(commands)
     _add_study_commands(commands)
+    add_tuning_commands(commands)
     return parser
 
 
-def _command(
-    into: argparse._SubParsersAction,
-    name: str,
-    run: Callable[[argparse.Namespace], int] | None,
-    text: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    """Add a command, or (`run` None) a group of commands."""
-    sub = into.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"example:\n  {example}",
-        # Leaves an example on one line, for copying.
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sub.set_defaults(run=run)
-    return sub
-
-
 def _add_run_commands(commands: argparse._SubParsersAction) -> None:
-    train = _command(
+    train = command(
         commands,
         "train",
         _train,
         "Train one run, or go on with it from its newest valid checkpoint.",
         "torchrun --nproc-per-node 8 -m pretrain train configs/moe-8gpu.toml --set optim.lr=2e-4",
     )
-    plan = _command(
+    plan = command(
         commands,
         "plan",
         _plan,
         "Check a configuration and print every number that follows from it.",
         "pretrain plan configs/models/sparkling-joint.toml --world-size 64",
     )
-    plan.add_argument("--world-size", type=_positive, help="ranks (default: the fewest that the layout fits on)")
+    plan.add_argument("--world-size", type=positive, help="ranks (default: the fewest that the layout fits on)")
     plan.add_argument("--json", action="store_true", help="for programs")
-    demo = _command(
+    demo = command(
         commands,
         "demo",
         _demo,
         "Prepare a corpus, train a small mixture of experts on it, and report.",
         "pretrain demo configs/demo.toml --set budget.steps=600",
     )
-    grow = _command(
+    grow = command(
         commands,
         "grow",
         _grow,
@@ -298,10 +281,10 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     example = "pretrain data prepare books/ code/ --output data/mine --vocab-size 32768"
-    data = _command(commands, "data", None, "Prepare and verify datasets.", example).add_subparsers(
+    data = command(commands, "data", None, "Prepare and verify datasets.", example).add_subparsers(
         required=True, metavar="COMMAND"
     )
-    prepare = _command(
+    prepare = command(
         data, "prepare", _data_prepare, "Turn text, code or JSONL into a Megatron dataset with a tokenizer.", example
     )
     prepare.add_argument("inputs", nargs="+", help="files, folders, or `stdlib` for Python's own sources")
@@ -310,9 +293,9 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument("--text-key", help="key of the text in JSONL (default: text)")
     prepare.add_argument("--eod-token", help="token that ends every document (default: <|endoftext|>)")
     prepare.add_argument("--tokenizer", type=Path, help="tokenizer.json to use (default: train one)")
-    prepare.add_argument("--vocab-size", type=_positive, help="size of the tokenizer that is trained")
+    prepare.add_argument("--vocab-size", type=positive, help="size of the tokenizer that is trained")
     prepare.add_argument("--valid-fraction", type=float, help="share held out for validation")
-    verify = _command(
+    verify = command(
         data,
         "verify",
         _data_verify,
@@ -324,16 +307,16 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_result_commands(commands: argparse._SubParsersAction) -> None:
-    ckpt = _command(
-        commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo"
-    ).add_subparsers(required=True, metavar="COMMAND")
+    ckpt = command(commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     for name, run, text in (
         ("ls", _ckpt_ls, "List the checkpoints of a run."),
         ("verify", _ckpt_verify, "Read every checkpoint of a run in full and compare it with its hashes."),
     ):
-        sub = _command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
+        sub = command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
         sub.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
-    report = _command(
+    report = command(
         commands,
         "report",
         _report,
@@ -345,7 +328,7 @@ def _add_result_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_bench_command(commands: argparse._SubParsersAction) -> None:
-    bench = _command(
+    bench = command(
         commands,
         "bench",
         _bench,
@@ -353,32 +336,26 @@ def _add_bench_command(commands: argparse._SubParsersAction) -> None:
         "pretrain bench growth --quick --json bench.json",
     )
     bench.add_argument("part", nargs="?", choices=("step", "growth"), help="measure this alone (default: everything)")
-    bench.add_argument("--rounds", type=_positive, help="timed rounds (default: 9 of steps, 3 of growth)")
+    bench.add_argument("--rounds", type=positive, help="timed rounds (default: 9 of steps, 3 of growth)")
     bench.add_argument("--quick", action="store_true", help="the smaller model only, and no demo")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
 
 
 def _add_study_commands(commands: argparse._SubParsersAction) -> None:
     example = "pretrain study growth --seeds 3 --jobs 2"
-    study = _command(
+    study = command(
         commands, "study", None, "Put what this project claims to the test (half an hour).", example
     ).add_subparsers(required=True, metavar="COMMAND")
-    growth = _command(
+    growth = command(
         study,
         "growth",
         _study_growth,
         "Train models that grow beside models that do not, and compare them. What is trained is not trained again.",
         example,
     )
-    growth.add_argument("--seeds", type=_positive, default=3, help="runs of each kind (default: %(default)s)")
+    growth.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
     growth.add_argument(
         "--out", type=Path, default=Path("runs/study-growth"), metavar="DIR", help="default: %(default)s"
     )
-    growth.add_argument("--jobs", type=_positive, default=2, help="runs at once, a core each (default: %(default)s)")
+    growth.add_argument("--jobs", type=positive, default=2, help="runs at once, a core each (default: %(default)s)")
     growth.add_argument("--quick", action="store_true", help="few steps: shows that all works, compares nothing")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
-    return int(text)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part may import itself and the parts of the lines above its own; parts of one line do not import each other.
 LEVELS = [
-    {"errors"},
+    {"errors", "arguments"},
     {"config"},
     {"platform", "run_directory", "signals"},
     {"model"},

@@ -16,6 +16,7 @@ from pretrain.studies.claims import LOCKED_DISTANCE, MARGIN_SHARE, Judged, Losse
 from pretrain.studies.pictures import TITLES
 from pretrain.studies.results import Outcome
 from pretrain.studies.statistics import Spread, difference, gap_closed, spread
+from pretrain.tuning.markdown import table
 
 NONE = "-"
 Sweep = Mapping[Family, Mapping[float, float]]
@@ -132,7 +133,7 @@ def _sweep_text(study: Study) -> str:
 def _sweep_table(sweep: Sweep) -> str:
     rates = sorted({rate for found in sweep.values() for rate in found})
     rows = [[_size_name(family), *(_swept_loss(found, rate) for rate in rates)] for family, found in sweep.items()]
-    return _table(["size", *(f"{rate:g}" for rate in rates)], rows)
+    return table(["size", *(f"{rate:g}" for rate in rates)], rows)
 
 
 def _swept_loss(found: Mapping[float, float], rate: float) -> str:
@@ -186,12 +187,12 @@ def _claims_table(judged: Sequence[Judged]) -> str:
                 f"**{one.verdict}**",
             ]
         )
-    return _table(["claim of the papers", "difference", "here"], rows)
+    return table(["claim of the papers", "difference", "here"], rows)
 
 
 def _family_table(study: Study, family: Family) -> str:
     head = ["arm", "", "loss", "bits/byte", "gap closed", "FLOPs", "growth"]
-    return _table(head, [_row(study, arm) for arm in ARMS if arm.family in (SMALL, family)])
+    return table(head, [_row(study, arm) for arm in ARMS if arm.family in (SMALL, family)])
 
 
 def _row(study: Study, arm: Arm) -> list[str]:
@@ -252,7 +253,7 @@ def _twins_table(study: Study) -> str:
             pair = max((one.twins[tensor] for one in found), key=lambda twins: twins.distance)
             short = tensor.partition(".mlp.")[2]
             rows.append([f"`{name}`", f"`{short}`", f"{pair.cosine:.6f}", f"{pair.distance:.2e}"])
-    return _table(["arm", "tensor", "cosine", "distance"], rows)
+    return table(["arm", "tensor", "cosine", "distance"], rows)
 
 
 def _plus_minus(found: Spread) -> str:
@@ -261,10 +262,6 @@ def _plus_minus(found: Spread) -> str:
 
 def _percent(found: Spread) -> str:
     return f"{found.mean:.0%}" + (f" +- {found.deviation:.0%}" if found.seeds > 1 else "")
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def to_json(study: Study) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-Value = bool | int | float | str
+from pretrain.tuning.sensitivity import Value
+
 Settings = tuple[tuple[str, Value], ...]
 """Hyperparameters by configuration key, in the order of the keys; hashable."""
 Grid = Mapping[str, Sequence[Value]]

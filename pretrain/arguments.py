@@ -1,0 +1,44 @@
+"""How commands and their arguments are declared."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def command(
+    into: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int] | None,
+    text: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a command, or (`run` None) a group of commands."""
+    sub = into.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"example:\n  {example}",
+        # Leaves an example on one line, for copying.
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    return sub
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
+
+
+def hours(text: str) -> float:
+    """An argument that is a number of hours."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of hours, more than 0")
+    return found
