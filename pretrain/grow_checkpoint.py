@@ -13,15 +13,17 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, verify_checkpoint, write_checkpoint
 from pretrain.checkpoint.steps import list_moments
 from pretrain.config.load import dump_config, load_config
+from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
 from pretrain.config.stages import growth_step, stages
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.growth.history import check_history, growth_figures, next_growth, record_of
 from pretrain.growth.maps import GrowthPoint
-from pretrain.growth.transplant import Target, fill_new, measured_tensors, requests
+from pretrain.growth.transplant import fill_new, measured_tensors, requests, target_of
 from pretrain.growth.values import Part, measure
 from pretrain.model.logical import LogicalTensor, logical_tensors
-from pretrain.optim.sharded import split_state_key, state_key
+from pretrain.optim.routing import route
+from pretrain.optim.states import split_state_key, state_key, states_of
 from pretrain.run import TrainState, changed_keys
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
@@ -59,7 +61,7 @@ def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progre
     state = TrainState(**read_state(path))
     with CheckpointReader(path) as reader:
         point = _point(path, config, state)
-        grown = _Grown(point, reader, seed=config.run.seed)
+        grown = _Grown(point, reader, optim=config.optim, seed=config.run.seed)
         figures = growth_figures(point, sequence_length=config.batch.sequence_length)
         state.growths.append({**record_of(point, state.step), "figures": figures})
         state.scores = {}
@@ -111,8 +113,8 @@ def _point(path: Path, config: Config, state: TrainState) -> GrowthPoint:
 class _Grown:
     """The grown model's tensors, made box by box from the old checkpoint."""
 
-    def __init__(self, point: GrowthPoint, reader: CheckpointReader, *, seed: int) -> None:
-        self._point, self._reader, self._seed = point, reader, seed
+    def __init__(self, point: GrowthPoint, reader: CheckpointReader, *, optim: OptimConfig, seed: int) -> None:
+        self._point, self._reader, self._optim, self._seed = point, reader, optim, seed
         self._stored = reader.tensors()
         self._new = {tensor.key: tensor for tensor in logical_tensors(point.after)}
         self._check()
@@ -120,26 +122,29 @@ class _Grown:
 
     def boxes(self) -> Iterator[ShardedTensor]:
         """Every box of the grown checkpoint, without data."""
-        states: dict[str, list[str | None]] = {}
-        for key in self._stored:
-            state, weight = split_state_key(key)
-            states.setdefault(weight, []).append(state)
+        has_states = any(split_state_key(key)[0] not in (None, "master") for key in self._stored)
         for tensor in self._new.values():
             source = self._point.tensor_map(tensor).source.key
-            for state in states.get(source, []):
-                yield from _cut(tensor, _key(state, tensor.key), self._stored[_key(state, source)][0])
+            for name in (None, "master"):
+                if state_key(name, source) in self._stored:
+                    yield from _cut(tensor, state_key(name, tensor.key), self._stored[state_key(name, source)][0])
+            if has_states and tensor.trainable:
+                rule = route(tensor, self._optim).rule
+                for state in states_of(tensor, rule, self._optim).values():
+                    yield from _cut(state.tensor, state.tensor.key, torch.float32)
 
     def data_of(self, box: ShardedTensor) -> torch.Tensor:
         """The values of a box."""
-        state, key = split_state_key(box.key)
-        is_weight = state in (None, "master")
+        name, key = split_state_key(box.key)
+        is_weight = name in (None, "master")
         values = torch.zeros(box.local_shape, dtype=torch.float32)
-        tensor_map = self._point.tensor_map(self._new[key])
-        target = Target(tensor_map, None if is_weight else state, tuple(box.global_offset), values)
-        for wanted in requests(self._point, target):
-            read = self._weights_of(wanted.key) if is_weight else wanted.key
-            wanted.place(wanted.offset, self._reader.read(read, wanted.offset, wanted.shape))
-        fill_new(self._point, [target], figures=self._figures, seed=self._seed)
+        offset = tuple(box.global_offset)
+        target = target_of(self._point, self._new[key], None if is_weight else name, offset, values, self._optim)
+        if target:
+            for wanted in requests(self._point, target):
+                read = self._weights_of(wanted.key) if is_weight else wanted.key
+                wanted.place(wanted.offset, self._reader.read(read, wanted.offset, wanted.shape))
+            fill_new(self._point, [target], figures=self._figures, seed=self._seed)
         return values.to(box.dtype)
 
     def _check(self) -> None:
@@ -167,10 +172,6 @@ class _Grown:
             for box in _cut(tensor, tensor.key, torch.float32):
                 offset = tuple(box.global_offset)
                 yield Part(tensor, offset, self._reader.read(self._weights_of(tensor.key), offset, box.local_shape))
-
-
-def _key(state: str | None, key: str) -> str:
-    return key if state is None else state_key(state, key)
 
 
 def _cut(tensor: LogicalTensor, key: str, dtype: torch.dtype) -> Iterator[ShardedTensor]:

@@ -35,8 +35,11 @@ from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.throughput import RunClock
 from pretrain.model.build import choose_experts_backend
 from pretrain.model.counts import count_flops, count_parameters
+from pretrain.model.logical import logical_tensors
+from pretrain.optim.routing import describe_routes
 from pretrain.optim.schedule import Schedule, Schedules
 from pretrain.optim.sharded import ShardedOptimizer
+from pretrain.optim.states import STATE_PREFIX, split_state_key
 from pretrain.parallel.engine import Engine, build_engine
 from pretrain.parallel.mesh import Mesh, Meshes
 
@@ -265,10 +268,17 @@ def _restore(
     ranks: Ranks,
 ) -> None:
     """Fill weights, optimizer and generator from a checkpoint; `changed` are the keys it was not written with."""
+    tensors = checkpoint_tensors(engine, optimizer)
+    left_out: tuple[str, ...] = ()
     with ranks.together():
-        optimizer.load_state_dict(state.optimizer)
+        if optimizer.is_other(state.optimizer):
+            # The weights alone; their states stay as they are at the start.
+            tensors = [tensor for tensor in tensors if split_state_key(tensor.key)[0] in (None, "master")]
+            left_out = (STATE_PREFIX,)
+        else:
+            optimizer.load_state_dict(state.optimizer)
     try:
-        read_checkpoint(path, checkpoint_tensors(engine, optimizer), group=ranks.group)
+        read_checkpoint(path, tensors, leave_out=left_out, group=ranks.group)
     except CheckpointError as error:
         # The tensors that do not fit follow from a few keys.
         causes = [change for change in changed if change.startswith(("model.", "optim.", "run.precision"))]
@@ -358,4 +368,4 @@ def _announce(
     )
     if config.model.is_moe:
         print(f"experts: {choose_experts_backend(config.model, config.parallel, config.run.precision)}")
-    print(run.optimizer.describe())
+    print(describe_routes(logical_tensors(config.model), config.optim))

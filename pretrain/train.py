@@ -12,6 +12,7 @@ from pretrain.errors import ConfigError, UserError
 from pretrain.growing import grow, growth_due, note_scores
 from pretrain.metrics.rows import TrainRow, ValidRow
 from pretrain.metrics.throughput import RunClock, memory_bytes, rates
+from pretrain.optim.routing import check_routes
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
 from pretrain.parallel.mesh import Meshes, forget_mesh
@@ -60,7 +61,8 @@ def train(config: Config) -> int:
 @contextmanager
 def started(config: Config) -> Iterator[Meshes]:
     """This process as part of the job, with everything the configuration can tell checked; layouts end with it."""
-    problems = check(config, distributed.world_size()) + check_runnable(config)
+    problems = check(config, distributed.world_size()) or check_routes(config)
+    problems += check_runnable(config)
     if problems:
         raise ConfigError(problems)
     with distributed.joined() as device:

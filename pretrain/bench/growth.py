@@ -30,6 +30,7 @@ from pretrain.checkpoint import Moment, read_checkpoint, write_checkpoint
 from pretrain.checkpoint.boxes import Box
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.load import dump_config
+from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
 from pretrain.config.stages import stages
 from pretrain.errors import UserError
@@ -216,7 +217,7 @@ def _watched_transplant(device: torch.device, memory: PeakMemory) -> Iterator[_W
 
     def watched(growth: GrowthPoint, old: Sequence[ShardedTensor], new: Sequence[ShardedTensor], **how: Any) -> Traffic:
         with stopwatch(device) as aside:
-            seen.moved = moved_bytes(growth, old, new)
+            seen.moved = moved_bytes(growth, old, new, how["optim"])
             dist.barrier()
         with stopwatch(device) as watch:
             traffic = real(growth, old, new, **how)
@@ -227,9 +228,11 @@ def _watched_transplant(device: torch.device, memory: PeakMemory) -> Iterator[_W
         yield seen
 
 
-def moved_bytes(growth: GrowthPoint, old: Sequence[ShardedTensor], new: Sequence[ShardedTensor]) -> Moved:
+def moved_bytes(
+    growth: GrowthPoint, old: Sequence[ShardedTensor], new: Sequence[ShardedTensor], optim: OptimConfig
+) -> Moved:
     """What has to be read, written and received to fill `new` on this rank, which holds `old`; all of it fp32."""
-    targets = targets_of(growth, new)
+    targets = targets_of(growth, new, optim)
     here: dict[str, list[Box]] = {}
     for tensor in old:
         here.setdefault(tensor.key, []).append(Box(tuple(tensor.global_offset), tuple(tensor.local_shape)))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pretrain.config.growth_rules import growth_rules
+from pretrain.config.optim_rules import optim_rules
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, RouterConfig
 from pretrain.config.stages import describe_growth, stages
 
@@ -21,7 +22,7 @@ from pretrain.config.stages import describe_growth, stages
 def check(config: Config, world_size: int | None = None) -> list[str]:
     """Every broken rule; those about the number of ranks only when `world_size` is given."""
     problems = _stage_rules(config, world_size)
-    problems += [*_budget_rules(config), *_saving_rules(config), *growth_rules(config)]
+    problems += [*_budget_rules(config), *_saving_rules(config), *optim_rules(config.optim), *growth_rules(config)]
     if not problems:
         # Only now are the later stages known.
         for index, (before, stage) in enumerate(itertools.pairwise(stages(config))):

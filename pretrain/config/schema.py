@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.config.base import (
-    Beta,
     Count,
     Fraction,
     NonNegativeFloat,
@@ -20,6 +19,7 @@ from pretrain.config.base import (
     Section,
 )
 from pretrain.config.growth import GrowthConfig
+from pretrain.config.optim import OptimConfig
 
 
 class RouterConfig(Section):
@@ -155,44 +155,6 @@ class BudgetConfig(Section):
 
     tokens: Count = 0
     steps: Count = 0
-
-
-class MuonConfig(Section):
-    """Muon on hidden matrices; everything else gets AdamW with the keys of [optim]."""
-
-    lr: PositiveFloat | None = None
-    """Learning rate of the Muon matrices (default: optim.lr, which suits scale = "moonshot")."""
-    momentum: Beta = 0.95
-    nesterov: bool = True
-    scale: Literal["moonshot", "keller_jordan"] = "moonshot"
-    """Factor on the orthogonalised update: 0.2 sqrt(max(out, in)), so that AdamW's lr and decay carry over, or
-    sqrt(max(1, out/in))."""
-    newton_schulz_steps: PositiveInt = 5
-    newton_schulz_dtype: Literal["float32", "bfloat16"] = "float32"
-    router: bool = False
-    """Whether router matrices are updated by Muon, too."""
-
-
-class OptimConfig(Section):
-    """The optimizer and its hyperparameters, gradient clipping and skipping."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    lr: PositiveFloat = 3e-4
-    """Peak learning rate."""
-    beta1: Beta = 0.9
-    beta2: Beta = 0.95
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay, multiplied by the current learning rate."""
-    decay_embeddings: bool = False
-    """Whether token embeddings decay (a tied output layer counts as one)."""
-    decay_norms: bool = False
-    """Whether norm gains decay."""
-    clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm (0: no clipping)."""
-    max_skipped_steps: Count = 10
-    """Consecutive steps with a non-finite gradient that are skipped before the run gives up."""
-    muon: MuonConfig = MuonConfig()
 
 
 class ScheduleConfig(Section):

@@ -60,6 +60,7 @@ def grow_model(
             point,
             old,
             moving_tensors(shards, optimizer),
+            optim=stage.optim,
             seed=stage.run.seed,
             device=mesh.device,
             ranks=ranks,

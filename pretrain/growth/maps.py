@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.config.growth import WIDTH_AXES, DepthGrowth, ExpertGrowth, GrowthConfig, WidthGrowth
+from pretrain.config.growth import WIDTH_AXES, ExpertGrowth, GrowthConfig, WidthGrowth
 from pretrain.config.schema import ModelConfig
-from pretrain.config.stages import fan_in_scale, is_copied, layer_sources
+from pretrain.config.stages import fan_in_scale, is_copied, layer_sources, wider_size
 from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.optim.states import BLOCKS
 
 Indices = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -56,6 +57,16 @@ class AxisMap:
         is_new = np.ones(len(array), dtype=bool)
         is_new[np.unique(array, return_index=True)[1]] = False
         return cls(array, is_new)
+
+    def in_blocks(self, size: int) -> AxisMap | None:
+        """The map of an axis whose indices are blocks of `size` of these; None unless blocks stay as they are."""
+        if len(self.source) % size:
+            return None
+        source, is_new = self.source.reshape(-1, size), self.is_new.reshape(-1, size)
+        first = source[:, :1]
+        whole = (source == first + np.arange(size)).all() and not (first % size).any()
+        of_one_age = (is_new == is_new[:, :1]).all()
+        return AxisMap(first[:, 0] // size, is_new[:, 0]) if whole and of_one_age else None
 
     def runs(self, start: int, stop: int, *, old_only: bool = False) -> list[tuple[int, int, int]]:
         """(target, source, length) of the stretches within [start, stop) where both advance by one."""
@@ -188,8 +199,29 @@ class GrowthPoint:
         depth, n = self.config.depth, self.before.num_layers
         return AxisMap.of(layer_sources(n, depth)) if depth else AxisMap.identity(n)
 
+    @cached_property
+    def _known_maps(self) -> dict[str, TensorMap]:
+        return {}
+
     def tensor_map(self, target: LogicalTensor) -> TensorMap:
         """How a tensor of the new model comes from the old one. Raises ValueError for an axis it does not know."""
+        if target.key not in self._known_maps:
+            self._known_maps[target.key] = self._make_map(target)
+        return self._known_maps[target.key]
+
+    def state_map(self, weights: TensorMap, source: LogicalTensor, target: LogicalTensor) -> TensorMap | None:
+        """How an optimizer state of `weights` comes from the old one; None where its blocks are others than before."""
+        maps = dict(zip(weights.source.axes, zip(weights.axes, weights.source.shape, strict=True), strict=True))
+        axes = []
+        for axis, old_size, new_size in zip(target.axes, source.shape, target.shape, strict=True):
+            weight_map, weight_size = maps.get(axis.removesuffix(BLOCKS), (AxisMap.identity(old_size), old_size))
+            found = weight_map.in_blocks(weight_size // old_size)
+            if found is None or len(found.source) != new_size:
+                return None
+            axes.append(found)
+        return TensorMap(target, source, weights.is_new_layer, tuple(axes), (None,) * len(axes), ())
+
+    def _make_map(self, target: LogicalTensor) -> TensorMap:
         key, is_new_layer = target.key, False
         if target.layer is not None:
             source_layer = int(self.layers.source[target.layer])
@@ -222,11 +254,10 @@ class GrowthPoint:
         if width is None or axis not in source.fan_in:
             return None
         size = source.shape[source.axes.index(axis)]
-        axis_map = width_map(size, width)
         if width.split is not None:
-            return np.where(axis_map.is_new, width.split, 1 - width.split).astype(np.float32)
-        alpha = fan_in_scale(size, len(axis_map.source), copied=is_copied(width))
-        return np.full(len(axis_map.source), alpha, dtype=np.float32)
+            return np.where(width_map(size, width).is_new, width.split, 1 - width.split).astype(np.float32)
+        wider = wider_size(size, width)
+        return np.full(wider, fan_in_scale(size, wider, copied=is_copied(width)), dtype=np.float32)
 
     def _fills(self, target: LogicalTensor, axes: Mapping[str, AxisMap], *, is_new_layer: bool) -> list[Fill]:
         fills: list[Fill] = []
@@ -242,7 +273,7 @@ class GrowthPoint:
         return sorted(fills, key=lambda fill: FILL_ORDER.index(fill.kind))
 
     def _starts_as_identity(self, target: LogicalTensor) -> bool:
-        depth: DepthGrowth | None = self.config.depth
+        depth = self.config.depth
         return depth is not None and depth.identity and target.writes_stream
 
     def scale(self, source: LogicalTensor) -> float:
@@ -250,7 +281,7 @@ class GrowthPoint:
         grown = [(axis, self._width(axis)) for axis in source.fan_in]
         sizes = dict(zip(source.axes, source.shape, strict=True))
         return math.prod(
-            fan_in_scale(sizes[axis], len(width_map(sizes[axis], width).source), copied=is_copied(width))
+            fan_in_scale(sizes[axis], wider_size(sizes[axis], width), copied=is_copied(width))
             for axis, width in grown
             if width
         )
@@ -258,7 +289,7 @@ class GrowthPoint:
 
 def width_map(size: int, width: WidthGrowth) -> AxisMap:
     """[old | copies], the copies beginning with index 0 again."""
-    return AxisMap.of(np.arange(round(size * width.factor)) % size)
+    return AxisMap.of(np.arange(wider_size(size, width)) % size)
 
 
 def expert_map(size: int, experts: ExpertGrowth, copies: Sequence[int] | None = None) -> AxisMap:

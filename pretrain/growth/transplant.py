@@ -16,15 +16,14 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
 from pretrain.checkpoint.ranks import Ranks
+from pretrain.config.optim import OptimConfig
 from pretrain.config.stages import BUFFER_BYTES
 from pretrain.growth.maps import Extent, GrowthPoint, TensorMap
 from pretrain.growth.pull import Traffic, Wanted, pull
 from pretrain.growth.values import Figures, Part, apply_fills, measure, needs_figures
 from pretrain.model.logical import LogicalTensor, logical_tensors
-from pretrain.optim.sharded import split_state_key, state_key
-
-# How a state of the optimizer scales with the gradient it was made from.
-DEGREES = {"exp_avg": 1, "exp_avg_sq": 2, "momentum": 1}
+from pretrain.optim.routing import route
+from pretrain.optim.states import State, split_state_key, states_of
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,26 @@ class Target:
     """A box of a tensor of the grown model, to be filled in place."""
 
     tensor_map: TensorMap
-    state: str | None
-    """Name of the optimizer state; None for the weight itself."""
+    """Of the weight, or of the state."""
+    state: State | None
+    """The optimizer state it is; None for the weight itself."""
     offset: Extent
     box: torch.Tensor
     """Zero where nothing is copied."""
 
-    @property
-    def source_key(self) -> str:
-        """Key of the old tensor."""
-        key = self.tensor_map.source.key
-        return key if self.state is None else state_key(self.state, key)
+
+def state_map(growth: GrowthPoint, weights: TensorMap, name: str, optim: OptimConfig) -> tuple[State, TensorMap | None]:
+    """A state of a weight of the grown model, and where it comes from; None: from nowhere, it starts at zero."""
+    new, old = (
+        states_of(weight, route(weight, optim).rule, optim).get(name) for weight in (weights.target, weights.source)
+    )
+    assert new is not None, f"{weights.target.key} has no {name}"
+    if old is None or not new.carried:
+        return new, None
+    return new, growth.state_map(weights, old.tensor, new.tensor)
 
 
-def state_copying(growth: GrowthPoint, state: str, tensor_map: TensorMap) -> Copying | None:
+def state_copying(growth: GrowthPoint, state: State, tensor_map: TensorMap) -> Copying | None:
     """What becomes of an optimizer state at a growth, None for nothing: it starts at zero.
 
     exact: a token that met an expert with weight w now meets each of its g copies with w/g, so gradients of experts
@@ -72,18 +77,32 @@ def state_copying(growth: GrowthPoint, state: str, tensor_map: TensorMap) -> Cop
             experts = growth.config.experts
             assert experts is not None
             gradient = 1 / experts.factor if "expert" in tensor_map.target.axes else 1.0
-            return Copying(factor=gradient ** DEGREES[state])
+            return Copying(factor=gradient**state.degree)
 
 
-def targets_of(growth: GrowthPoint, tensors: Sequence[ShardedTensor]) -> list[Target]:
-    """The boxes of the grown model that `tensors` are, located by their keys: of weights, or of optimizer states."""
+def targets_of(growth: GrowthPoint, tensors: Sequence[ShardedTensor], optim: OptimConfig) -> list[Target]:
+    """The boxes of the grown model that `tensors` are, located by their keys: of weights, or of optimizer states.
+
+    States that come from nowhere are left out.
+    """
     logical = {tensor.key: tensor for tensor in logical_tensors(growth.after)}
     found = []
     for tensor in tensors:
-        state, key = split_state_key(tensor.key)
+        name, key = split_state_key(tensor.key)
         assert tensor.data is not None
-        found.append(Target(growth.tensor_map(logical[key]), state, tuple(tensor.global_offset), tensor.data))
-    return found
+        found.append(target_of(growth, logical[key], name, tuple(tensor.global_offset), tensor.data, optim))
+    return [target for target in found if target is not None]
+
+
+def target_of(
+    growth: GrowthPoint, weight: LogicalTensor, name: str | None, offset: Extent, box: torch.Tensor, optim: OptimConfig
+) -> Target | None:
+    """A box of a weight, or of its state `name`; None if that state starts at zero."""
+    weights = growth.tensor_map(weight)
+    if name is None:
+        return Target(weights, None, offset, box)
+    state, tensor_map = state_map(growth, weights, name, optim)
+    return None if tensor_map is None else Target(tensor_map, state, offset, box)
 
 
 def requests(growth: GrowthPoint, target: Target) -> Iterator[Wanted]:
@@ -92,7 +111,7 @@ def requests(growth: GrowthPoint, target: Target) -> Iterator[Wanted]:
     if copying is None:
         return
     for offset, shape in target.tensor_map.wanted(target.offset, target.box.shape, old_only=copying.old_only):
-        yield Wanted(target.source_key, offset, shape, partial(_place, target, copying))
+        yield Wanted(target.tensor_map.source.key, offset, shape, partial(_place, target, copying))
 
 
 def _place(target: Target, copying: Copying, offset: Extent, piece: torch.Tensor) -> None:
@@ -118,6 +137,7 @@ def transplant(
     old: Sequence[ShardedTensor],
     new: Sequence[ShardedTensor],
     *,
+    optim: OptimConfig,
     seed: int,
     device: torch.device,
     ranks: Ranks,
@@ -128,7 +148,7 @@ def transplant(
     Both list fp32 weights and selection biases under their keys, optimizer states under `state_key`; the two layouts
     have nothing to do with each other. `new` starts at zero.
     """
-    targets = targets_of(growth, new)
+    targets = targets_of(growth, new, optim)
     figures = measure(
         measured_tensors(growth),
         partial(_main_parts, growth, old),

@@ -1,4 +1,4 @@
-"""The matrices inside a logical tensor, and back: what Muon orthogonalises as wholes.
+"""The matrices inside a logical tensor, and back: what Muon orthogonalises as wholes and Hyperball keeps the norm of.
 
 A fused tensor is several matrices of one linear map each: queries (all heads together), keys and values; gate and up;
 every expert on its own. They are found from the names of the axes, so that no layout is described twice.
@@ -32,6 +32,37 @@ def join_matrices(logical: LogicalTensor, batches: Sequence[torch.Tensor], like:
         order = _order(logical.axes, stacked)
         part.permute(order).copy_(batch.view([part.shape[axis] for axis in order]))
     return joined
+
+
+def matrix_sums(logical: LogicalTensor, box: torch.Tensor) -> torch.Tensor:
+    """Sum of the entries of every matrix in a box, or of the part of it that the box has; fp64 [number of matrices], in
+    the order of `split_matrices`."""
+    sums = []
+    for part, stacked in _parts(logical, box):
+        summed = [i for i, axis in enumerate(logical.axes) if axis not in stacked]
+        sums.append(part.sum(summed, dtype=torch.float64).view(-1))
+    return torch.cat(sums)
+
+
+def matrix_numels(logical: LogicalTensor, box: torch.Tensor) -> torch.Tensor:
+    """Entries of every unsharded matrix that has a part in the box; fp64 [number of matrices]."""
+    whole = torch.empty(logical.shape, device="meta")
+    counts = []
+    for (part, stacked), (unsharded, _) in zip(_parts(logical, box), _parts(logical, whole), strict=True):
+        number = math.prod(size for axis, size in zip(logical.axes, part.shape, strict=True) if axis in stacked)
+        of_all = math.prod(size for axis, size in zip(logical.axes, unsharded.shape, strict=True) if axis in stacked)
+        counts.append(torch.full((number,), unsharded.numel() / of_all, dtype=torch.float64, device=box.device))
+    return torch.cat(counts)
+
+
+def spread_matrices(logical: LogicalTensor, values: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    """One value for each matrix, in a shape that broadcasts over the box."""
+    if "qkv_slot" in logical.axes:
+        slot = logical.axes.index("qkv_slot")
+        per_slot = torch.cat([values[:1].expand(box.shape[slot] - 2), values[1:]])
+        return per_slot.view([-1 if i == slot else 1 for i in range(box.dim())])
+    ((_, stacked),) = _parts(logical, box)
+    return values.view([size if axis in stacked else 1 for axis, size in zip(logical.axes, box.shape, strict=True)])
 
 
 def _parts(logical: LogicalTensor, box: torch.Tensor) -> list[tuple[torch.Tensor, tuple[str, ...]]]:

@@ -1,16 +1,29 @@
-"""Which update rule a weight gets, and whether it decays."""
+"""Which update rule a weight gets, and whether it decays. Needs no torch."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from pretrain.config.schema import OptimConfig
-from pretrain.model.logical import LogicalTensor
+from pretrain.config.optim import Kind, OptimConfig, RuleName
+from pretrain.config.schema import Config
+from pretrain.config.stages import stages
+from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.optim.states import block_axes, block_shape, largest_divisor
 
-RuleName = Literal["adamw", "muon"]
+RULES: dict[Kind, tuple[RuleName, ...]] = {
+    "muon": ("muon", "adamw"),
+    "scion": ("scion", "signum"),
+    "kron": ("kron", "adamw"),
+    "soap": ("soap", "adamw"),
+    "muonh": ("muonh", "adamh", "adamw"),
+    "adamh": ("adamh", "adamw"),
+}
+"""The rules of optimizers that have several: that of hidden matrices first, that of all the rest last."""
+MATRIX_RULES = ("muon", "scion", "kron", "soap", "muonh", "adamh")
+"""Rules that a vector can't have."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +36,97 @@ class Route:
     weight_decay: float
 
 
+def rules_of(kind: Kind) -> tuple[RuleName, ...]:
+    """The update rules of an optimizer."""
+    return RULES.get(kind) or (kind,)  # type: ignore[return-value]  # every other kind is the name of its one rule
+
+
 def route(logical: LogicalTensor, config: OptimConfig) -> Route:
     """The rule, peak learning rate and weight decay of a trainable tensor.
 
-    Muon takes hidden matrices, and the router's if asked to; decay spares embeddings and norm gains unless the
-    configuration says otherwise. An untied output layer is a matrix that decays, under AdamW.
+    Matrix rules take hidden matrices, and not the router's: patterns in `optim.routes` say otherwise. Decay spares
+    embeddings and norm gains unless the configuration says otherwise, and what keeps its norm. An untied output layer
+    is a matrix that decays.
     """
     assert logical.trainable, logical.key
+    rule = _default_rule(logical, config.kind)
+    for pattern, chosen in config.routes.items():
+        if fnmatch.fnmatchcase(logical.key, pattern):
+            rule = chosen
     decays = {"embedding": config.decay_embeddings, "norm": config.decay_norms}.get(logical.kind, True)
-    weight_decay = config.weight_decay if decays else 0.0
-    is_muon = logical.kind == "matrix" or (logical.kind == "router" and config.muon.router)
-    if config.kind == "muon" and is_muon:
-        return Route("muon", config.muon.lr or config.lr, weight_decay)
-    return Route("adamw", config.lr, weight_decay)
+    decays = decays and rule not in ("muonh", "adamh")
+    return Route(rule, _peak(rule, config), config.weight_decay if decays else 0.0)
+
+
+def _default_rule(logical: LogicalTensor, kind: Kind) -> RuleName:
+    rules = rules_of(kind)
+    if logical.kind == "matrix":
+        return rules[0]
+    if logical.kind == "output" and "adamh" in rules:
+        return "adamh"  # the output layer keeps its norm, too, as in arXiv 2606.16899's recipe
+    return rules[-1]
+
+
+def _peak(rule: RuleName, config: OptimConfig) -> float:
+    own = {
+        "muon": config.muon.lr,
+        "scion": config.scion.lr,
+        "kron": config.kron.lr,
+        "soap": config.soap.lr,
+        "muonh": config.hyperball.lr,
+        "adamh": config.hyperball.lr,
+    }
+    return own.get(rule) or config.lr
+
+
+def check_routes(config: Config) -> list[str]:
+    """Problems of the optimizer with the tensors of the model, at every stage of the run."""
+    problems = []
+    for pattern, rule in config.optim.routes.items():
+        key = f'optim.routes."{pattern}"'
+        if rule not in rules_of(config.optim.kind):
+            known = ", ".join(f'"{name}"' for name in rules_of(config.optim.kind))
+            problems.append(f'{key} = "{rule}": optim.kind = "{config.optim.kind}" has the rules {known}; use one')
+    for stage in stages(config):
+        trained = [tensor for tensor in logical_tensors(stage.config.model) if tensor.trainable]
+        problems += _pattern_problems(trained, config.optim)
+        problems += _block_problems(trained, stage.config)
+    return list(dict.fromkeys(problems))
+
+
+def _pattern_problems(tensors: Sequence[LogicalTensor], optim: OptimConfig) -> list[str]:
+    problems = []
+    for pattern, rule in optim.routes.items():
+        matched = [tensor for tensor in tensors if fnmatch.fnmatchcase(tensor.key, pattern)]
+        vector = next((tensor.key for tensor in matched if tensor.kind == "norm"), None)
+        key = f'optim.routes."{pattern}" = "{rule}"'
+        if not matched:
+            near = sorted({re.sub(r"\.\d+\.", ".*.", tensor.key) for tensor in tensors})
+            problems.append(f"{key}: matches no tensor; names are {', '.join(near)}")
+        elif vector and rule in MATRIX_RULES:
+            problems.append(f"{key}: {vector} is a vector and {rule} needs matrices; narrow the pattern")
+    return problems
+
+
+def _block_problems(tensors: Sequence[LogicalTensor], config: Config) -> list[str]:
+    """Blocks that tensor parallelism would cut through."""
+    problems = []
+    sizes = {"tensor": config.parallel.tensor, "expert_tensor": config.parallel.expert_tensor}
+    for tensor in tensors:
+        rule = route(tensor, config.optim).rule
+        if rule not in ("soap", "kron"):
+            continue
+        largest = (config.optim.soap if rule == "soap" else config.optim.kron).block_size
+        for axis, block in zip(block_axes(tensor), block_shape(tensor, largest), strict=True):
+            split = tensor.sharded.get(axis, "expert")
+            part = tensor.shape[tensor.axes.index(axis)] // sizes.get(split, 1)
+            if part % block:
+                problems.append(
+                    f"optim.{rule}.block_size = {largest}: makes blocks of {block} along {axis} (size "
+                    f"{tensor.shape[tensor.axes.index(axis)]}), which parallel.{split} = {sizes[split]} would cut; use "
+                    f"{largest_divisor(part, largest)}"
+                )
+    return problems
 
 
 def describe_routes(tensors: Iterable[LogicalTensor], config: OptimConfig) -> str:
@@ -47,8 +138,8 @@ def describe_routes(tensors: Iterable[LogicalTensor], config: OptimConfig) -> st
             pattern = re.sub(r"\.\d+\.", ".*.", logical.key)
             key = (chosen.rule, f"{chosen.lr:g}", f"{chosen.weight_decay:g}", pattern)
             rows.setdefault(key, []).append(logical)
-    lines = [f"{'rule':<6} {'lr':>8} {'decay':>6} {'tensors':>8} {'parameters':>15}  name"]
+    lines = [f"{'rule':<9} {'lr':>8} {'decay':>6} {'tensors':>8} {'parameters':>15}  name"]
     for (rule, lr, decay, pattern), members in rows.items():
         numel = sum(member.numel for member in members)
-        lines.append(f"{rule:<6} {lr:>8} {decay:>6} {len(members):>8} {numel:>15,}  {pattern}")
+        lines.append(f"{rule:<9} {lr:>8} {decay:>6} {len(members):>8} {numel:>15,}  {pattern}")
     return "\n".join(lines)

@@ -1,36 +1,40 @@
-"""What an update rule is, and AdamW.
+"""What an update rule is.
 
 A rule updates fp32 masters from fp32 gradients; it knows nothing of ownership, clipping or bf16. To add one:
-  1. write a class with the members of `Rule`, here or in a file of its own, with a slow reference in its test;
-  2. enter it in `sharded.make_rules` and give it a name in `routing.RuleName`;
-  3. let `routing.route` send tensors to it.
+  1. name it in `config.optim` (Kind or RuleName) with its keys, and say in `routing` which tensors get it;
+  2. say in `states._states` what it keeps for a weight;
+  3. write a class here, or in a file of its own, with a slow reference in its test, and enter it in `registry`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from pretrain.config.schema import OptimConfig
 from pretrain.model.shards import Shard
 from pretrain.optim.ages import Block
 from pretrain.optim.routing import Route
 
+# Entries of the weights that share temporary memory of a rule: enough to hide the launch of a batched operation, little
+# beside a model. A guess.
+BATCH_NUMEL = 1 << 24
+
 
 @dataclass(frozen=True)
 class Slot:
-    """A shard this rank owns, with what its update needs. All tensors are fp32 and have the parameter's shape."""
+    """A shard this rank owns, with what its update needs; fp32."""
 
     shard: Shard
     route: Route
     master: torch.Tensor
-    """The weights; the parameter itself when that is fp32."""
+    """The weights in the parameter's shape; the parameter itself when that is fp32."""
     state: dict[str, torch.Tensor]
-    """What the rule remembers, by name, e.g. `exp_avg`."""
+    """What the rule remembers, by name, e.g. `exp_avg`: in the parameter's shape where it has an entry for every
+    weight, else as the box that `State.box` says."""
     blocks: tuple[Block, ...]
     """The box cut by age; one block of age 0 where nothing grew."""
 
@@ -56,121 +60,64 @@ class Slot:
             torch._foreach_add_(mine, [update[part] for part in parts], alpha=-lr)
 
 
-class Rule(Protocol):
+class Rule(ABC):
     """How masters move."""
 
-    @property
-    def state_names(self) -> tuple[str, ...]:
-        """Tensors a rule keeps per parameter; they start at zero."""
+    corrects = False
+    """Whether `corrected` does anything."""
 
     def flops(self, shard: Shard) -> int:
         """Floating point operations of one update of a shard; 0 for a rule that only streams through memory."""
-
-    def update(self, slots: list[Slot], grads: list[torch.Tensor], *, lr_ratios: Sequence[float], step: int) -> None:
-        """Move the masters of `slots`. `lr_ratios`: learning rate over the peak, by age. `step` counts from 1."""
-
-
-class AdamW:
-    """AdamW as torch.optim.AdamW has it: decoupled decay on the old weights, bias correction, eps outside the root."""
-
-    state_names = ("exp_avg", "exp_avg_sq")
-
-    def __init__(self, config: OptimConfig) -> None:
-        self._config = config
-
-    def flops(self, shard: Shard) -> int:
-        """Nothing to speak of: an update is bound by memory."""
         return 0
 
-    def update(self, slots: list[Slot], grads: list[torch.Tensor], *, lr_ratios: Sequence[float], step: int) -> None:
-        """One fused pass over all tensors that share a learning rate and decay; tensors with several rates one by one.
+    def corrected(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, step: int) -> list[torch.Tensor]:
+        """What stands for the gradients from here on, clipped like them; `step` counts from 1."""
+        return list(grads)
 
-        Bias correction counts the steps of the run for new entries, too: zero moments make their first update
-        (1 - b1) / sqrt(1 - b2) of a usual one, 0.447 for (0.9, 0.95).
-        """
-        batches: dict[tuple[float, float], list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
-        mixed = []
-        for slot, grad in zip(slots, grads, strict=True):
-            rates = slot.rates(lr_ratios)
-            if len(rates) == 1:
-                batches[next(iter(rates)), slot.route.weight_decay].append((slot, grad))
-            else:
-                mixed.append((slot, grad))
-        for (lr, weight_decay), batch in batches.items():
-            members, their_grads = [slot for slot, _ in batch], [grad for _, grad in batch]
-            masters = [slot.master for slot in members]
-            self._step(members, their_grads, masters, lr=lr, weight_decay=weight_decay, step=step)
-        if mixed:
-            self._step_mixed(mixed, lr_ratios, step)
-
-    def _step_mixed(self, members: list[tuple[Slot, torch.Tensor]], lr_ratios: Sequence[float], step: int) -> None:
-        """Tensors, with their gradients, that have entries of several learning rates."""
-        # One memory for the updates of all: fresh pages cost more than the arithmetic (measured on a CPU).
-        scratch = torch.empty_like(max((slot.master for slot, _ in members), key=torch.numel)).view(-1)
-        for slot, grad in members:
-            # A step of -1 from zero is the update itself; and one pass over memory moves the moments, too.
-            update = scratch[: grad.numel()].view_as(slot.master).zero_()
-            self._step([slot], [grad], [update], lr=-1.0, weight_decay=0.0, step=step)
-            slot.apply(slot.shard.view(update), lr_ratios)
-
-    def _step(
-        self,
-        slots: list[Slot],
-        grads: list[torch.Tensor],
-        params: list[torch.Tensor],
-        *,
-        lr: float,
-        weight_decay: float,
-        step: int,
+    @abstractmethod
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, lr_ratios: Sequence[float], step: int
     ) -> None:
-        """`adamw_` on `params` with the moments of `slots`."""
-        adamw_(
-            params,
-            grads,
-            [slot.state["exp_avg"] for slot in slots],
-            [slot.state["exp_avg_sq"] for slot in slots],
-            lr=lr,
-            beta1=self._config.beta1,
-            beta2=self._config.beta2,
-            eps=self._config.eps,
-            weight_decay=weight_decay,
-            step=step,
-        )
+        """Move the masters of `slots`. `lr_ratios`: learning rate over the peak, by age. `step` counts from 1.
+
+        Collective over the tensor-parallel groups, whose ranks own parts of the same tensors in the same order.
+        """
 
 
-def adamw_(
-    params: list[torch.Tensor],
-    grads: list[torch.Tensor],
-    exp_avgs: list[torch.Tensor],
-    exp_avg_sqs: list[torch.Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
-    """One AdamW update of many fp32 tensors, in place:
+class DirectionRule(Rule):
+    """A rule that finds a direction u from gradients and state: theta = theta - lr weight_decay theta - lr u."""
 
-    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
-    p = p - lr wd p - lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+    @abstractmethod
+    def directions(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, step: int
+    ) -> Iterator[tuple[Slot, torch.Tensor]]:
+        """Every slot once, in any order, with its direction as a logical box. Lazy: few are in memory at once."""
 
-    One pass over memory where a chain of foreach operations makes about ten (measured on one core: 5 times faster).
-    """
-    step_tensor = torch.tensor(float(step), device=params[0].device)
-    torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [step_tensor] * len(params),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-    )
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, lr_ratios: Sequence[float], step: int
+    ) -> None:
+        """Apply `directions`."""
+        for slot, direction in self.directions(slots, grads, step=step):
+            slot.apply(direction, lr_ratios)
+
+
+def batches(
+    slots: Sequence[Slot], grads: Sequence[torch.Tensor], numel: int = BATCH_NUMEL
+) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
+    """Slots and their gradients in groups of about `numel` entries, for operations on many tensors at once."""
+    group: tuple[list[Slot], list[torch.Tensor]] = ([], [])
+    size = 0
+    for slot, grad in zip(slots, grads, strict=True):
+        group[0].append(slot)
+        group[1].append(grad)
+        size += grad.numel()
+        if size >= numel:
+            yield group
+            group, size = ([], []), 0
+    if group[0]:
+        yield group
+
+
+def states(slots: Sequence[Slot], name: str) -> list[torch.Tensor]:
+    """One state of many slots."""
+    return [slot.state[name] for slot in slots]

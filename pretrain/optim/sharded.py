@@ -7,7 +7,7 @@ reduced gradient, and sends the new weights to the others. See README.md in this
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +18,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch.distributed import ProcessGroup
 
-from pretrain.config.schema import OptimConfig
+from pretrain.config.optim import OptimConfig
 from pretrain.errors import CheckpointError
 from pretrain.model.shards import Shard
 from pretrain.optim.ages import Ages, Block, blocks
 from pretrain.optim.clip import clip_, global_norm
 from pretrain.optim.exchange import check_same, spread
-from pretrain.optim.muon import Muon
 from pretrain.optim.ownership import Load, assign_owners
-from pretrain.optim.routing import RuleName, describe_routes, route
-from pretrain.optim.rules import AdamW, Rule, Slot
+from pretrain.optim.registry import make_rules
+from pretrain.optim.routing import route
+from pretrain.optim.rules import Rule, Slot
+from pretrain.optim.states import State, state_key, state_numel, states_of
+from pretrain.optim.tensor_parallel import TensorParallel
 
 FP32_BYTES = 4
-STATE_PREFIX = "optimizer."
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,8 @@ class _Family:
         return [shard for shard, owner in zip(self.shards, self.owners, strict=True) if owner == rank]
 
 
-def make_rules(config: OptimConfig, groups: ProcessGroupCollection) -> dict[RuleName, Rule]:
-    """Every update rule by its name."""
-    return {"adamw": AdamW(config), "muon": Muon(config.muon, groups)}
-
-
-def state_key(name: str, key: str) -> str:
-    """Key of the state `name`, e.g. `exp_avg`, of the weight `key`."""
-    return f"{STATE_PREFIX}{name}.{key}"
-
-
-def split_state_key(text: str) -> tuple[str | None, str]:
-    """(name of the state, key of the weight) of a `state_key`; (None, `text`) if it is the key of a weight itself."""
-    if not text.startswith(STATE_PREFIX):
-        return None, text
-    name, key = text.removeprefix(STATE_PREFIX).split(".", 1)
-    return name, key
-
-
 class ShardedOptimizer:
-    """AdamW or Muon over this rank's shards, with state sharded over the data-parallel ranks.
+    """An optimizer over this rank's shards, with state sharded over the data-parallel ranks.
 
     shards: all shards of this rank; those of buffers that are not trained are left alone.
     groups: of its fields, `tp` and `dp_cp` serve dense weights, `expt_tp` and `expt_dp` experts. A group may be None
@@ -103,6 +86,7 @@ class ShardedOptimizer:
         self._config = config
         self._ages = ages
         self._rules = make_rules(config, groups)
+        self._parallel = TensorParallel(groups)
         self._shards = [shard for shard in shards if shard.logical.trainable]
         assert len({(s.key, s.offset) for s in self._shards}) == len(self._shards), "a box is listed twice"
         self._device = self._shards[0].tensor.device
@@ -123,31 +107,36 @@ class ShardedOptimizer:
         newest = max((block.age for slot in self._slots for block in slot.blocks), default=0)
         assert newest <= len(newer), f"entries of growth {newest}, but learning rates of {len(newer)} growths only"
         grads = [_gradient(slot.shard) for slot in self._slots]
-        counted = [grad for slot, grad in zip(self._slots, grads, strict=True) if slot.shard.counts_in_norm]
-        norm = global_norm(counted, self._device)
+        norm = self._norm(grads)
         if not math.isfinite(norm):
             return StepResult(norm, clipped=False, skipped=True)
-        clipped = clip_(grads, norm, self._config.clip_grad)
         self._steps += 1
-        for name, rule in self._rules.items():
-            mine = [i for i, slot in enumerate(self._slots) if slot.route.rule == name]
-            if mine:
+        corrects = any(rule.corrects for rule in self._rules.values())
+        if corrects:
+            for rule, mine in self._by_rule():
                 slots = [self._slots[i] for i in mine]
-                rule.update(slots, [grads[i] for i in mine], lr_ratios=lr_ratios, step=self._steps)
+                corrected = rule.corrected(slots, [grads[i] for i in mine], step=self._steps)
+                for i, grad in zip(mine, corrected, strict=True):
+                    grads[i] = grad
+        clipped = clip_(grads, self._norm(grads) if corrects else norm, self._config.clip_grad)
+        for rule, mine in self._by_rule():
+            slots = [self._slots[i] for i in mine]
+            rule.update(slots, [grads[i] for i in mine], lr_ratios=lr_ratios, step=self._steps)
         self._publish()
         return StepResult(norm, clipped=clipped, skipped=False)
 
     def named_state(self) -> list[ShardedTensor]:
         """The tensors of this rank's state, to be saved or filled in place: `optimizer.<name>.<key of the weight>`.
 
-        Names are `master` (bf16 parameters only), `exp_avg`, `exp_avg_sq`, `momentum`. Over all ranks, each box has one
-        main replica, the owner's; copies by tensor or pipeline parallelism are listed as further replicas.
+        Names are `master` (bf16 parameters only) and those of the rule's states. Over all ranks, each box has one main
+        replica, the owner's; copies by tensor or pipeline parallelism are listed as further replicas.
         """
-        return [
-            _located(slot.shard, tensor, state_key(name, slot.shard.key))
+        masters = [
+            _located(slot.shard, slot.master, state_key("master", slot.shard.key))
             for slot in self._slots
-            for name, tensor in _tensors(slot).items()
+            if _has_master(slot.shard)
         ]
+        return [*masters, *self._located_states()]
 
     def whole_state(self) -> list[ShardedTensor]:
         """What makes up the model and its training, in fp32, to be read or filled in place when the model grows.
@@ -155,26 +144,29 @@ class ShardedOptimizer:
         Of each weight this rank owns: the weight itself (its master if it has one) under its own key, and the states
         under their `state_key`, with replicas as in `named_state`. `load_finished` makes the parameters follow.
         """
-        weights = [_located(slot.shard, slot.master, slot.shard.key) for slot in self._slots]
-        states = [
-            _located(slot.shard, tensor, state_key(name, slot.shard.key))
-            for slot in self._slots
-            for name, tensor in slot.state.items()
-        ]
-        return [*weights, *states]
+        return [*(_located(slot.shard, slot.master, slot.shard.key) for slot in self._slots), *self._located_states()]
 
     def state_dict(self) -> dict[str, Any]:
         """What is no tensor: the kind and the number of updates so far. JSON types only."""
         return {"kind": self._config.kind, "step": self._steps}
 
+    def is_other(self, state: dict[str, Any]) -> bool:
+        """Whether `state` is that of another kind of optimizer, to be left out. Raises CheckpointError unless
+        `optim.drop_other_state` asks for that."""
+        if state["kind"] == self._config.kind:
+            return False
+        if not self._config.drop_other_state:
+            raise CheckpointError(
+                f'optim.kind = "{self._config.kind}": the checkpoint has the state of "{state["kind"]}"; resume with '
+                "the optimizer the run was started with, or set optim.drop_other_state = true to go on without that "
+                "state"
+            )
+        return True
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over `state_dict()`. Raises CheckpointError if it is another optimizer's."""
-        if state["kind"] != self._config.kind:
-            raise CheckpointError(
-                f'optim.kind = "{self._config.kind}": the checkpoint has the state of "{state["kind"]}"; '
-                "resume with the optimizer the run was started with"
-            )
-        self._steps = int(state["step"])
+        if not self.is_other(state):
+            self._steps = int(state["step"])
 
     @torch.no_grad()
     def load_finished(self) -> None:
@@ -183,11 +175,49 @@ class ShardedOptimizer:
 
     def state_bytes(self) -> int:
         """Bytes of masters and moments on this rank."""
-        return sum(tensor.nbytes for slot in self._slots for tensor in _tensors(slot).values())
+        masters = [slot.master for slot in self._slots if _has_master(slot.shard)]
+        return sum(tensor.nbytes for tensor in [*masters, *(t for slot in self._slots for t in slot.state.values())])
 
-    def describe(self) -> str:
-        """A table of the update rule and decay of this rank's tensors."""
-        return describe_routes([shard.logical for shard in self._shards], self._config)
+    def _norm(self, grads: Sequence[torch.Tensor]) -> float:
+        """Global norm of what stands for the gradients of owned shards. Collective."""
+        counted = [grad for slot, grad in zip(self._slots, grads, strict=True) if slot.shard.counts_in_norm]
+        return global_norm(counted, self._device)
+
+    def _by_rule(self) -> Iterator[tuple[Rule, list[int]]]:
+        """Every rule that has tensors here, with the places of its slots."""
+        for name, rule in self._rules.items():
+            mine = [i for i, slot in enumerate(self._slots) if slot.route.rule == name]
+            if mine:
+                yield rule, mine
+
+    def _located_states(self) -> list[ShardedTensor]:
+        return [
+            self._located_state(slot, state)
+            for slot in self._slots
+            for state in states_of(slot.shard.logical, slot.route.rule, self._config).values()
+        ]
+
+    def _located_state(self, slot: Slot, state: State) -> ShardedTensor:
+        """A state as its box of the logical state tensor."""
+        shard, data = slot.shard, slot.state[state.name]
+        if state.is_like(shard.logical):
+            return _located(shard, data, state.tensor.key)
+        offset, shape = state.box(shard.logical, shard.offset, shard.shape)
+        pipeline, tensor_index, _ = shard.replica_id
+        axis = self._parallel.axis(shard)
+        if axis is not None and not state.has(shard.logical.axes[axis]):
+            # A sum over the axis that is split: every part of the weight comes with a copy.
+            tensor_index = self._parallel.rank(shard)
+        return ShardedTensor(
+            key=state.tensor.key,
+            data=data,
+            dtype=data.dtype,
+            local_shape=tuple(shape),
+            global_shape=state.tensor.shape,
+            global_offset=tuple(offset),
+            axis_fragmentations=tuple(g // s for g, s in zip(state.tensor.shape, shape, strict=True)),
+            replica_id=(pipeline, tensor_index, 0),
+        )
 
     def _publish(self) -> None:
         """Round masters to the parameters' precision and send them to the ranks that hold copies."""
@@ -219,15 +249,17 @@ class ShardedOptimizer:
         return _Family(shards, owners, group)
 
     def _load(self, shard: Shard) -> Load:
-        rule = self._rules[route(shard.logical, self._config).rule]
-        copies = len(rule.state_names) + _has_master(shard)
-        return Load(flops=rule.flops(shard), state_bytes=copies * FP32_BYTES * shard.tensor.numel())
+        name = route(shard.logical, self._config).rule
+        states = states_of(shard.logical, name, self._config)
+        numel = state_numel(states, shard.logical, shard.shape) + _has_master(shard) * shard.tensor.numel()
+        return Load(flops=self._rules[name].flops(shard), state_bytes=FP32_BYTES * numel)
 
     def _slot(self, shard: Shard) -> Slot:
         parameter = shard.tensor.detach()
         chosen = route(shard.logical, self._config)
         master = parameter.float() if _has_master(shard) else parameter
-        state = {name: torch.zeros_like(master) for name in self._rules[chosen.rule].state_names}
+        kept = states_of(shard.logical, chosen.rule, self._config)
+        state = {name: _zeros(state, shard, master) for name, state in kept.items()}
         return Slot(shard, chosen, master, state, self._blocks(shard))
 
     def _blocks(self, shard: Shard) -> tuple[Block, ...]:
@@ -241,9 +273,11 @@ def _has_master(shard: Shard) -> bool:
     return shard.tensor.dtype != torch.float32
 
 
-def _tensors(slot: Slot) -> dict[str, torch.Tensor]:
-    """The state of a shard beside its parameter."""
-    return {"master": slot.master, **slot.state} if _has_master(slot.shard) else slot.state
+def _zeros(state: State, shard: Shard, master: torch.Tensor) -> torch.Tensor:
+    """A state before the first update."""
+    if state.is_like(shard.logical):
+        return torch.zeros_like(master)
+    return torch.zeros(state.box(shard.logical, shard.offset, shard.shape)[1], device=master.device)
 
 
 def _located(shard: Shard, tensor: torch.Tensor, key: str) -> ShardedTensor:

@@ -21,13 +21,12 @@ from pretrain.errors import ConfigError
 from pretrain.model.counts import (
     Flops,
     ParameterCounts,
-    RankMemory,
     count_flops,
     count_parameters,
     local_tokens,
-    rank_memory,
     tokens_per_expert,
 )
+from pretrain.plan.memory import RankMemory, rank_memory
 
 
 @dataclass(frozen=True)

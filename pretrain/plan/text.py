@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from pretrain.config.rules import Layout
-from pretrain.model.counts import RankMemory
+from pretrain.plan.memory import RankMemory
 from pretrain.plan.numbers import Plan, StagePlan
 
 Row = tuple[str, str, str]

@@ -25,7 +25,7 @@ from pretrain.errors import UserError
 from pretrain.growth.maps import GrowthPoint
 from pretrain.model.counts import count_parameters
 from pretrain.model.logical import logical_tensors
-from pretrain.optim.sharded import state_key
+from pretrain.optim.states import state_key
 from tests.bench.test_bench import tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.layouts import single_process

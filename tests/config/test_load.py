@@ -38,6 +38,7 @@ def test_round_trip_with_every_kind_of_value(moe_file, tmp_path):
     overrides = [
         'data.train=[{prefix="data/a b", weight=0.3}, {prefix="c"}]',
         "data.tokenizer=tokenizers/x.json",
+        "optim.kind=muon",
         "optim.muon.lr=0.02",
         "optim.eps=1e-20",
         "optim.lr=1",
@@ -122,7 +123,7 @@ def test_files_that_are_no_toml(tmp_path):
         ("model.num_layer=3", "model.num_layer = 3: unknown key; did you mean model.num_layers?"),
         ("optim.warmup_steps=3", "optim.warmup_steps = 3: unknown key; did you mean schedule.warmup_steps?"),
         ("schedule.lr=3", "schedule.lr = 3: unknown key; did you mean optim.lr?"),
-        ("optim.muon.momentun=0.9", "optim.muon.momentun = 0.9: unknown key; did you mean optim.muon.momentum?"),
+        ("optim.max_skiped_steps=3", "optim.max_skiped_steps = 3: unknown key; did you mean optim.max_skipped_steps?"),
         ("modle.top_k=3", "[modle]: unknown section; did you mean [model]?"),
         ("paralel={}", "[paralel]: unknown section; did you mean [parallel]?"),
         ("run.zzz=1", "run.zzz = 1: unknown key; known are run.directory, run.precision, run.seed"),
@@ -155,7 +156,11 @@ def test_unknown_key_at_top_level_lists_the_sections(moe_file):
         ("run.seed=true", "run.seed = true: must be a whole number; "),
         ("model.qk_norm=1", "model.qk_norm = 1: must be true or false; "),
         ("run.directory=3", "run.directory = 3: must be text; "),
-        ("optim.kind=adam", 'optim.kind = "adam": must be "adamw" or "muon"; did you mean "adamw"?'),
+        (
+            "optim.kind=adam",
+            'optim.kind = "adam": must be "adamw", "nadamw", "mars", "cautious", "lion", "adam_mini", '
+            '"sophia", "muon", "scion", "kron", "soap", "muonh" or "adamh"; did you mean "adamw"?',
+        ),
         ("parallel.recompute=3", 'parallel.recompute = 3: must be "none", "selective" or "full"; choose one'),
         ("data.train=x", 'data.train = "x": must be an array; '),
         ("optim=3", "optim = 3: must be a table; "),

@@ -33,8 +33,8 @@ from pretrain.growth.maps import ages
 from pretrain.growth.scores import Scores, add_scores, no_scores
 from pretrain.model.initialise import draw_normal
 from pretrain.model.logical import LogicalTensor, logical_tensors
-from pretrain.optim import ShardedOptimizer
-from pretrain.optim.sharded import split_state_key
+from pretrain.optim.sharded import ShardedOptimizer
+from pretrain.optim.states import split_state_key
 from pretrain.parallel.engine import Engine, build_engine
 from pretrain.parallel.mesh import Mesh, build_mesh
 from pretrain.platform import cpu_adapter

@@ -18,7 +18,7 @@ from pretrain.config.stages import stages
 from pretrain.growth.live import grow_model, moving_tensors
 from pretrain.growth.maps import GrowthPoint, TensorMap
 from pretrain.model.initialise import draw_normal
-from pretrain.optim import ShardedOptimizer
+from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.parallel.engine import Engine, build_engine
 from pretrain.parallel.mesh import Mesh, mesh_of
 from tests.helpers.configs import make_config

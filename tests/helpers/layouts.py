@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.model.logical import logical_tensors
 from pretrain.model.shards import Shard
-from pretrain.optim import ShardedOptimizer
+from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.parallel.engine import Batch, Engine, build_engine
 from pretrain.parallel.mesh import Mesh, mesh_of
 from pretrain.parallel.routing_stats import aux_losses, expert_load, reset_routing_stats, selection_bias

@@ -1,6 +1,5 @@
 """Counts against published figures, formulas written out by hand, and what autograd and the optimizer really keep."""
 
-import pytest
 
 from pretrain.config.rules import Layout
 from pretrain.config.schema import ModelConfig
@@ -8,10 +7,10 @@ from pretrain.model.counts import (
     count_flops,
     count_parameters,
     part,
-    rank_memory,
     tokens_per_expert,
 )
 from pretrain.model.logical import logical_tensors
+from pretrain.plan.memory import rank_memory
 from tests.helpers.configs import DENSE, MOE, make_config
 from tests.helpers.distributed import run_ranks
 
@@ -152,7 +151,7 @@ def test_weights_gradients_and_states_of_one_rank():
     parts = count_parameters(make_config(MOE).model).by_part
     matrices = parts["attention"] + parts["routed_experts"]
     assert memory(MOE, {"optim.kind": "muon"}).optimizer == 8 * n - 4 * matrices
-    muon_router = memory(MOE, {"optim.kind": "muon", "optim.muon.router": True})
+    muon_router = memory(MOE, {"optim.kind": "muon", "optim.routes": {"*.router.weight": "muon"}})
     assert muon_router.optimizer == 8 * n - 4 * (matrices + parts["router"])
 
 
@@ -218,17 +217,6 @@ def test_data_parallel_share_is_that_of_the_optimizer():
             largest += max(shares)
         assert rank_memory(config, Layout.of(config, ranks)).optimizer == largest
         assert largest < 8 * count_parameters(config.model).total  # sharding does something
-
-
-@pytest.mark.parametrize("changes", [{}, {"optim.muon.router": True}])
-def test_moments_follow_the_optimizers_routing(changes):
-    from pretrain.model.counts import _moments
-    from pretrain.optim.routing import route
-
-    optim = make_config(MOE, {"optim.kind": "muon", **changes}).optim
-    moments = {"adamw": 2, "muon": 1}
-    tensors = [tensor for tensor in logical_tensors(EVERYTHING) if tensor.trainable]
-    assert [_moments(t, optim) for t in tensors] == [moments[route(t, optim).rule] for t in tensors]
 
 
 # What autograd keeps in the native model, by what is varied: (start, smaller, larger).

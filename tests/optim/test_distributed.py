@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from pretrain.config.schema import MuonConfig, OptimConfig
+from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.shards import Shard
 from pretrain.optim import exchange
@@ -38,7 +38,7 @@ from tests.optim.build import (
 STEPS = 4
 CONFIGS = {
     "adamw": OptimConfig(lr=1e-2),
-    "muon": OptimConfig(kind="muon", lr=1e-2, muon=MuonConfig(lr=2e-2, router=True)),
+    "muon": OptimConfig(kind="muon", lr=1e-2, muon=MuonConfig(lr=2e-2), routes={"*.router.weight": "muon"}),
 }
 
 # Name: world, tensor, expert and expert tensor parallel size, optimizer, precision.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.config.schema import MuonConfig, OptimConfig
+from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.model.logical import logical_tensors
 from pretrain.optim.routing import describe_routes, route
 from tests.optim.build import MOE
@@ -38,12 +38,12 @@ def test_muon_takes_hidden_matrices_only():
 
 
 def test_router_goes_to_muon_on_request():
-    table = routes(OptimConfig(kind="muon", muon=MuonConfig(router=True)))
+    table = routes(OptimConfig(kind="muon", routes={"*.router.weight": "muon"}))
     assert {key for key, r in table.items() if r.rule == "muon"} == MUON | {"decoder.layers.1.mlp.router.weight"}
 
 
 def test_adamw_takes_everything():
-    assert {r.rule for r in routes(OptimConfig(muon=MuonConfig(router=True))).values()} == {"adamw"}
+    assert {r.rule for r in routes(OptimConfig()).values()} == {"adamw"}
 
 
 def test_decay_mask():

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from pretrain.config.schema import MuonConfig, OptimConfig
+from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.model.logical import LogicalTensor
 from pretrain.model.shards import Shard
+from pretrain.optim.adam import adamw_
 from pretrain.optim.matrices import split_matrices
 from pretrain.optim.muon import muon_scale, orthogonalise
-from pretrain.optim.rules import adamw_
 from pretrain.optim.sharded import ShardedOptimizer
 from tests.kernels.test_newton_schulz import reference as polar_reference
 from tests.optim.build import MOE, Layout, make_groups, make_shards, set_grads
@@ -215,11 +215,17 @@ def test_expert_without_tokens():
     set_grads(shards, "2")
     shard.tensor.main_grad[idle] = 0
     optimizer.step(1.0)
-    # Had tokens before: momentum fades, the step along it has full size.
+    # Had tokens before: momentum fades, and there is no step along it.
     torch.testing.assert_close(momentum[idle], 0.95 * kept)
-    moved = middle[idle] * (1 - LR * DECAY) - shard.view()[idle]
+    assert torch.equal(shard.view()[idle], middle[idle] * (1 - LR * DECAY))
+    # Negative control: one entry of gradient, however small, and the step along the momentum has full size.
+    middle = shard.view().detach().clone()
+    set_grads(shards, "3")
+    shard.tensor.main_grad[idle] = 0
+    shard.tensor.main_grad[idle].view(-1)[0] = 1e-20
+    optimizer.step(1.0)
     expected = LR * 0.2 * math.sqrt(32) * polar_reference(kept)
-    assert relative(moved, expected) < 1e-4
+    assert relative(middle[idle] * (1 - LR * DECAY) - shard.view()[idle], expected) < 1e-4
 
 
 def test_clipping_leaves_muon_directions_alone():

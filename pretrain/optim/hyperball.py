@@ -1,0 +1,84 @@
+"""Hyperball: steps on the sphere of a matrix's initial norm (arXiv 2606.16899).
+
+    p' = p - lr R u / |u|;   p = R p' / |p'|,   R = |p| at the first step
+
+per matrix of the unsharded tensor: queries, keys, values, gate, up and every expert apart, never one norm for a stack
+of them. u is the direction of another rule: Muon's (muonh) or AdamW's (adamh). There is no decay, which a fixed norm
+stands in for, and lr is the angle of a step. R is taken anew after a growth. A matrix of zeros stays zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from pretrain.model.shards import Shard
+from pretrain.optim.adam import AdamW
+from pretrain.optim.matrices import matrix_sums, spread_matrices
+from pretrain.optim.muon import Muon
+from pretrain.optim.rules import BATCH_NUMEL, Rule, Slot
+from pretrain.optim.tensor_parallel import TensorParallel
+
+
+class Hyperball(Rule):
+    """Moves matrices along the directions of `inner` without changing their norms."""
+
+    def __init__(self, inner: AdamW | Muon, parallel: TensorParallel) -> None:
+        self._inner, self._parallel = inner, parallel
+
+    def flops(self, shard: Shard) -> int:
+        """Those of the inner rule."""
+        return self._inner.flops(shard)
+
+    def update(
+        self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, lr_ratios: Sequence[float], step: int
+    ) -> None:
+        """Three sums over each matrix (of p the first time, u and p'); collective where a tensor is split."""
+        self._set_radii([slot for slot in slots if not bool(slot.state["radius"].any())])
+        directions = self._inner.directions(slots, grads, step=step)
+        for batch in _gathered(directions):
+            self._move(batch, lr_ratios)
+
+    def _set_radii(self, slots: Sequence[Slot]) -> None:
+        norms = self._norms(slots, [slot.shard.view(slot.master) for slot in slots])
+        for slot, norm in zip(slots, norms, strict=True):
+            slot.state["radius"].copy_(norm.view_as(slot.state["radius"]))
+
+    def _move(self, batch: Sequence[tuple[Slot, torch.Tensor]], lr_ratios: Sequence[float]) -> None:
+        slots = [slot for slot, _ in batch]
+        lengths = self._norms(slots, [direction for _, direction in batch])
+        weights = [slot.shard.view(slot.master) for slot in slots]
+        for (slot, direction), length, weight in zip(batch, lengths, weights, strict=True):
+            for lr, parts in slot.rates(lr_ratios).items():
+                for part in parts:
+                    direction[part].mul_(-lr)
+            factor = _ratio(slot.state["radius"].view(-1), length)
+            weight.addcmul_(direction, spread_matrices(slot.shard.logical, factor, direction))
+        for slot, norm, weight in zip(slots, self._norms(slots, weights), weights, strict=True):
+            factor = _ratio(slot.state["radius"].view(-1), norm)
+            weight.mul_(spread_matrices(slot.shard.logical, factor, weight))
+
+    def _norms(self, slots: Sequence[Slot], boxes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Frobenius norms of the unsharded matrices, fp64 [number of matrices] per slot."""
+        squares = [matrix_sums(slot.shard.logical, box.square()) for slot, box in zip(slots, boxes, strict=True)]
+        self._parallel.sum_(slots, squares)
+        return [square.sqrt() for square in squares]
+
+
+def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Their quotient in fp32, 0 where the denominator is."""
+    quotient = numerator.double() / denominator
+    return torch.where(denominator > 0, quotient, torch.zeros_like(quotient)).float()
+
+
+def _gathered(directions: Iterator[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
+    """Several at a time, so that their norms are summed over ranks at once. Kept apart: the rule may reuse memory."""
+    batch: list[tuple[Slot, torch.Tensor]] = []
+    for slot, direction in directions:
+        batch.append((slot, direction.clone()))
+        if sum(kept.numel() for _, kept in batch) >= BATCH_NUMEL:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
