@@ -22,6 +22,20 @@ def add_tuning_commands(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument("--max-trials", type=positive, help="start at most so many runs now (exit code 75: some left)")
     sweep.add_argument("--max-hours", type=hours, help="start no more runs after so many hours (likewise)")
     sweep.add_argument("--dry-run", action="store_true", help="say what would be run next, and run nothing")
+    speedup = command(
+        commands,
+        "speedup",
+        _speedup,
+        "Compare finished runs by the tokens that a baseline would need for their losses.",
+        "pretrain speedup runs/adamw-1x runs/adamw-2x runs/adamw-4x runs/muon-1x --baseline adamw",
+    )
+    speedup.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directory")
+    speedup.add_argument("--published", action="store_true", help="compare the losses of arXiv 2509.02046 instead")
+    speedup.add_argument("--baseline", default="adamw", metavar="KIND", help="optim.kind (default: %(default)s)")
+    speedup.add_argument(
+        "--out", type=Path, default=Path("runs/speedup"), metavar="DIR", help="for the picture (default: %(default)s)"
+    )
+    speedup.add_argument("--json", action="store_true", help="for programs")
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -33,4 +47,16 @@ def _sweep(options: argparse.Namespace) -> int:
         max_trials=options.max_trials,
         max_hours=options.max_hours,
         dry_run=options.dry_run,
+    )
+
+
+def _speedup(options: argparse.Namespace) -> int:
+    from pretrain.tuning.speedup_command import speedup  # noqa: PLC0415
+
+    return speedup(
+        options.runs,
+        baseline=options.baseline,
+        out=options.out,
+        as_json=options.json,
+        use_published=options.published,
     )
