@@ -47,7 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int | 
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as TOML with every value explicit; reading it back gives an equal configuration."""
+    """The configuration as TOML, every value that it reads explicit; reading it back gives an equal configuration."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 

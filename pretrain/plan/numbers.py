@@ -26,6 +26,7 @@ from pretrain.model.counts import (
     local_tokens,
     tokens_per_expert,
 )
+from pretrain.optim.routing import check_routes
 from pretrain.plan.memory import RankMemory, rank_memory
 
 
@@ -124,7 +125,7 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
     """
     if world_size is None:
         world_size = smallest_world_size(config)
-    problems = check(config, world_size)
+    problems = check(config, world_size) or check_routes(config)
     if problems:
         raise ConfigError(problems)
     run = stages(config)

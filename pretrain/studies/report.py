@@ -87,6 +87,9 @@ equality, within or outside +- the margin, {MARGIN_SHARE:.0%} of the gap between
 scratch. All else is *not resolved*: the noise of these seeds hides it. The verdicts are not corrected for their
 number."""
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon on hidden matrices, AdamW on the rest"}
+"""Optimizers that the study's model may have, in words."""
+
 COLUMNS = """\
 Losses: mean over seeds +- standard deviation of one seed, at the end, on the same validation batches for all. Gap
 closed: share of the way from the small model to the final size from scratch, by seed. FLOPs: model FLOPs of all
@@ -108,7 +111,7 @@ def _setting(study: Study) -> str:
             f"A small mixture of experts ({_size(base)}) on the sources of Python's standard library: {small.steps:,} "
             f"steps of {base.batch.tokens_per_step:,} tokens, {count(small.tokens)} in all; seeds "
             f"{', '.join(map(str, study.seeds))}. It grows after step {at:,}, where nothing else is said, and goes on "
-            "with its data, schedule and peak learning rate. AdamW, cosine to "
+            f"with its data, schedule and peak learning rate. {OPTIMIZERS[base.optim.kind]}, {base.schedule.kind} to "
             f"{base.schedule.min_lr_ratio:.0%} of the peak. A bigram model of the same tokens reaches "
             f"{study.baselines.bigram_nats_per_token:.3f} nats per token "
             f"({study.baselines.bigram_bits_per_byte:.3f} bits per byte), a unigram model "
