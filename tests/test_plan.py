@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.load import load_config
+from pretrain.config.published import suggest
 from pretrain.config.stages import BUFFER_BYTES
 from pretrain.errors import ConfigError
 from pretrain.model.counts import count_flops, count_parameters
@@ -254,6 +255,80 @@ def test_text_of_parts_that_only_some_stages_have():
     assert ["dense_layers", "-", "1"] in [line.split() for line in text.splitlines()]
     alone = format_plan(make_plan(make_config(MOE, {**changes, "model.dense_layers": [2]})))
     assert "first 1 layers dense with ffn 48, 1 further layers dense" in alone
+
+
+# The smallest model of the published study, and its cell at ratio 1.
+STUDIED = {
+    "model.hidden_size": 512,
+    "model.num_layers": 32,
+    "model.num_attention_heads": 8,
+    "model.num_query_groups": 8,
+    "model.ffn_size": 2048,
+}
+
+
+def optimizer_lines(text: str) -> list[list[str]]:
+    """The words of each line of the last block."""
+    block = text[text.index("Optimizer") :]
+    assert "\n\n" not in block
+    return [line.split() for line in block.splitlines()]
+
+
+def test_the_settings_of_a_published_cell_differ_in_nothing():
+    cell = suggest("muon", 134_217_728, 1).cell
+    config = make_config(DENSE, {**STUDIED, **cell.settings, "optim.kind": "muon", "budget.steps": cell.steps})
+    optimizer = make_plan(config).optimizer
+    assert (optimizer.model_size, optimizer.ratio) == (134_217_728, 1)
+    assert (optimizer.published_size, optimizer.published_ratio, optimizer.published_loss) == ("130m", 1, 3.4626)
+    assert optimizer.tokens_per_step == optimizer.published_tokens_per_step == 524_288
+    assert optimizer.published_steps == config.total_steps == 5120
+    assert [(key.key, key.value, key.published) for key in optimizer.keys] == [
+        ("optim.muon.lr", 0.016, 0.016),
+        ("optim.lr", 0.0032, 0.0032),
+    ]
+    assert optimizer.notes == ()
+    other = make_config(config.model_dump(exclude_none=True), {"optim.beta1": 0.9, "schedule.warmup_steps": 512})
+    keys = {key.key: key for key in make_plan(other).optimizer.keys}
+    assert keys.keys() == {"optim.muon.lr", "optim.lr", "optim.beta1", "schedule.warmup_steps"}
+    assert keys["schedule.warmup_steps"].remark == "0% of 5,120 steps"
+
+
+def test_rates_of_muon_are_shown_in_the_scale_of_the_run():
+    config = make_config(DENSE, {**STUDIED, "optim.kind": "muon", "budget.steps": 5000})
+    shown = {key.key: key for key in make_plan(config).optimizer.keys}["optim.muon.lr"]
+    assert shown.value == config.optim.lr  # that of the rest, as none is set
+    # 0.2 sqrt(512) = 4.525
+    assert shown.published == pytest.approx(0.016 / 4.525, rel=1e-3)
+    assert shown.remark == '0.016 under scale = "keller_jordan"'
+    same = make_config(config.model_dump(exclude_none=True), {"optim.muon.scale": "keller_jordan"})
+    shown = {key.key: key for key in make_plan(same).optimizer.keys}["optim.muon.lr"]
+    assert (shown.published, shown.remark) == (0.016, "")
+
+
+def test_text_shows_the_published_settings():
+    text = format_plan(make_plan(make_config(DENSE)))
+    lines = optimizer_lines(text)
+    assert lines[0][:2] == ["Optimizer", "adamw:"]
+    assert ["tokens", "per", "step", "256", "524,288"] in lines
+    assert ["optim.lr", "0.0003", "0.008"] in lines
+    assert ["schedule.warmup_steps", "0", "2,000", "39%", "of", "5,120", "steps"] in lines
+    far = [line for line in text.splitlines() if "a place to start a sweep from, no more" in line]
+    assert len(far) == 2
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "dense" not in "\n".join(" ".join(line) for line in lines)
+    several = optimizer_lines(format_plan(make_plan(make_config(MOE, GROWTH))))
+    assert several[-1][:4] == ["the", "published", "models", "are"]
+
+
+def test_the_model_at_the_end_is_compared():
+    grown = make_plan(make_config(MOE, GROWTH))
+    assert grown.optimizer.model_size == grown.stages[-1].parameters.active_non_embedding
+    assert grown.optimizer.model_size != grown.stages[0].parameters.active_non_embedding
+    assert grown.optimizer.ratio == grown.tokens / (20 * grown.optimizer.model_size)
+    read = json.loads(json.dumps(grown.to_json()))["optimizer"]
+    assert read["model_size"] == grown.optimizer.model_size
+    assert [key["key"] for key in read["keys"]] == [key.key for key in grown.optimizer.keys]
+    assert read["notes"] == list(grown.optimizer.notes)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ class Suggestion:
     """The published cell nearest to a run."""
 
     cell: Cell
-    warning: str
-    """How far it is from what was published, in one line; empty when it is within or close to that."""
+    warnings: tuple[str, ...]
+    """Where the run is far from all that was published, a line each; none when it is within or close to it."""
 
 
 @functools.cache
@@ -71,12 +71,12 @@ def published() -> Mapping[str, tuple[Cell, ...]]:
 
 def _cell(kind: str, table: Mapping[str, Any], row: list[Any], data: Mapping[str, Any]) -> Cell:
     """One row of a table, with what holds for all of them."""
-    settings = dict(zip(table["columns"], row, strict=True))
+    settings = dict(zip(table["columns"], row, strict=True)) | table["all"]
     size, ratio, loss = settings.pop("size"), settings.pop("ratio"), settings.pop("loss", None)
     if "rest_lr_ratio" in settings:
         # Six digits: 0.2 * 0.016 is 0.0032, without the rounding of the product.
         settings["optim.lr"] = float(f"{settings.pop('rest_lr_ratio') * settings[f'optim.{kind}.lr']:.6g}")
-    settings |= table["all"] | {"batch.sequence_length": data["sequence_length"]}
+    settings["batch.sequence_length"] = data["sequence_length"]
     return Cell(kind, size, data["sizes"][size], ratio, settings, loss)
 
 
@@ -101,19 +101,21 @@ def suggest(kind: str, model_size: float, ratio: float) -> Suggestion:
         cells, key=lambda cell: math.hypot(math.log(cell.model_size / model_size), math.log(cell.ratio / ratio))
     )
     sizes, ratios = {cell.model_size: cell.size for cell in cells}, {cell.ratio: f"{cell.ratio}x" for cell in cells}
-    far = [
-        *_far(model_size, sizes, "the model is {} times {} than the {} that was tuned", ("smaller", "larger")),
-        *_far(ratio, ratios, "the data ratio is {} times {} than the {} that was tuned", ("lower", "higher")),
+    warnings = [
+        *_far(model_size, sizes, what="model", words=("smaller", "larger")),
+        *_far(ratio, ratios, what="data ratio", words=("lower", "higher")),
     ]
-    return Suggestion(nearest, f"{' and '.join(far)}: a place to start a sweep from, no more" if far else "")
+    return Suggestion(nearest, tuple(warnings))
 
 
-def _far(value: float, known: Mapping[int, str], sentence: str, words: tuple[str, str]) -> Iterator[str]:
+def _far(value: float, known: Mapping[int, str], *, what: str, words: tuple[str, str]) -> Iterator[str]:
     """How a value lies outside of what is known, in words, if by more than a factor of FAR."""
     low, high = min(known), max(known)
     factor, word, edge = max((low / value, words[0], low), (value / high, words[1], high))
     if factor > FAR:
-        yield sentence.format(f"{factor:,.0f}" if factor >= 10 else f"{factor:.1f}", word, known[edge])
+        shown = f"{factor:,.0f}" if factor >= 10 else f"{factor:.1f}"
+        place = f"the {what} is {shown} times {word} than any tuned ({known[edge]})"
+        yield f"{place}: a place to start a sweep from, no more"
 
 
 def update_size(scale: str, hidden_size: int) -> float:

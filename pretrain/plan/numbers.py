@@ -28,6 +28,7 @@ from pretrain.model.counts import (
 )
 from pretrain.optim.routing import check_routes
 from pretrain.plan.memory import RankMemory, rank_memory
+from pretrain.plan.optimizer import OptimizerPlan, plan_optimizer
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Plan:
     saved_6nd: float
     """The same with 6 * active parameters * tokens, as the papers on growth count (arXiv 2602.02472, table 2)."""
     stages: tuple[StagePlan, ...]
+    optimizer: OptimizerPlan
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
@@ -152,6 +154,7 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
         saved=1 - flops / scratch,
         saved_6nd=1 - flops_6nd / scratch_6nd,
         stages=planned,
+        optimizer=plan_optimizer(config, run[-1].config.model, tokens),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pretrain.config.rules import Layout
 from pretrain.plan.memory import RankMemory
 from pretrain.plan.numbers import Plan, StagePlan
+from pretrain.plan.optimizer import OptimizerPlan
 
 Row = tuple[str, str, str]
 """Name, value, remark."""
@@ -23,12 +24,12 @@ def format_plan(plan: Plan) -> str:
     if len(plan.stages) == 1:
         for title, rows in _stage_rows(plan.stages[0]).items():
             lines += ["", title, *_align(rows)]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *_optimizer_table(plan.optimizer)])
     lines += ["", *_stage_table(plan.stages)]
     for before, after in itertools.pairwise(plan.stages):
         tokens = quantity(after.start_step * plan.tokens_per_step)
         lines += ["", f"Growth at step {after.start_step:,}, {tokens} tokens", *_align(_growth_rows(before, after))]
-    return "\n".join([*lines, "", *_compute_table(plan)])
+    return "\n".join([*lines, "", *_compute_table(plan), "", *_optimizer_table(plan.optimizer)])
 
 
 def _stage_rows(stage: StagePlan) -> dict[str, list[Row]]:
@@ -208,6 +209,38 @@ def _compute_table(plan: Plan) -> list[str]:
             ("  saved", [f"{100 * plan.saved:.1f} %", f"{100 * plan.saved_6nd:.1f} %"]),
         ],
     )
+
+
+def _optimizer_table(optimizer: OptimizerPlan) -> list[str]:
+    """Settings beside the nearest published ones."""
+    loss = f" (loss {optimizer.published_loss:.4f})" if optimizer.published_loss else ""
+    rows = [
+        ("  tokens per step", (optimizer.tokens_per_step, optimizer.published_tokens_per_step), ""),
+        *((f"  {key.key}", (key.value, key.published), key.remark) for key in optimizer.keys),
+    ]
+    grid = _grid(
+        "",
+        [
+            f"{quantity(optimizer.model_size)} at {optimizer.ratio:.3g}x",
+            f"{optimizer.published_size} at {optimizer.published_ratio}x",
+        ],
+        [(name, [_setting(value) for value in values]) for name, values, _ in rows],
+    )
+    remarks = ["", *(remark for _, _, remark in rows)]
+    return [
+        f"Optimizer {optimizer.kind}: learning rates, and what else differs from the nearest published settings{loss}",
+        *(f"{line}  {remark}".rstrip() for line, remark in zip(grid, remarks, strict=True)),
+        *(f"  {note}" for note in optimizer.notes),
+    ]
+
+
+def _setting(value: bool | float | str) -> str:
+    """A value as a configuration file has it, short."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def _grid(title: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

@@ -30,7 +30,7 @@ RELEASED = {
     ("muon", "optim.clip_grad"): (1.798313, 1.900443, 2.002567, 2.104686),
     ("muon", "schedule.decay_fraction"): (0.9909104, 1.009852, 1.028793, 1.047733),
     ("muon", "batch.global_batch_size"): (183.0003, 218.6421, 254.2815, 289.9185),
-    ("soap", "optim.lr"): (0.007366336, 0.007366166, 0.007366150, 0.007366148),
+    ("soap", "optim.soap.lr"): (0.007366336, 0.007366166, 0.007366150, 0.007366148),
     ("soap", "optim.soap.block_size"): (516.4629, 516.4648, 516.4658, 516.4664),
     ("soap", "optim.soap.shampoo_beta"): (0.9214190, 0.9214190, 0.9214190, 0.9214190),
     ("soap", "batch.global_batch_size"): (211.1943, 265.7324, 317.6603, 367.1031),
@@ -112,7 +112,7 @@ def test_scatter_is_judged():
 
 def test_both_parts_of_the_judgement_count(monkeypatch: pytest.MonkeyPatch):
     line = published_points("adamw", "optim.lr")[1:-1]
-    step = published_points("soap", "optim.lr")[1:-1]
+    step = published_points("soap", "optim.soap.lr")[1:-1]
     assert "+-" in fit(step).warning
     monkeypatch.setattr(scaling, "LARGEST_EXPONENT_ERROR", np.inf)
     assert fit(step).identifiable
