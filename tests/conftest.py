@@ -23,6 +23,7 @@ def _gpus() -> int:
 GPUS = _gpus()
 VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.helpers.forks import forks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
 
@@ -34,23 +35,27 @@ class CommandProcess:
 
     def __call__(self, *arguments: str | Path, **environment: str) -> Result:
         """`pretrain *arguments`, with some environment variables."""
-        return self._pool.submit(_run, [str(argument) for argument in arguments], environment).result()
+        return self._pool.submit(_run, [str(argument) for argument in arguments], _environment(environment)).result()
 
 
 @contextmanager
 def command_process() -> Iterator[CommandProcess]:
     """A CommandProcess for the time of a `with` block."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=1, mp_context=forks()) as pool:
         yield CommandProcess(pool)
+
+
+def _environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a test without what a launcher left there, and with `changes`."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    return kept | {"OMP_NUM_THREADS": "1"} | dict(changes)
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> Result:
     from pretrain.cli import main
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = dict(os.environ)
-    for name in LAUNCHER:
-        os.environ.pop(name, None)
+    os.environ.clear()
     os.environ.update(environment)
     try:
         # File descriptors, not sys.stdout: what C++ writes counts, too.
@@ -92,11 +97,10 @@ def torchrun(
     """`torchrun ... *arguments` on this machine, with some environment variables; the exit code is torchrun's."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        env=_environment(environment),
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,22 +5,31 @@ from __future__ import annotations
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.helpers.forks import forks
 
 # Long enough for two busy cores, short enough that a hang fails a test and not the suite.
 TIMEOUT = timedelta(seconds=120)
 
 
-def _rank_main(rank: int, fn: Callable[..., Any], world_size: int, directory: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    directory: str,
+    args: tuple[Any, ...],
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     folder = Path(directory)
     try:
         store = dist.FileStore(str(folder / "store"), world_size)
@@ -41,9 +50,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     traceback if any rank fails.
     """
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_rank_main, args=(rank, fn, world_size, directory, args))
+            forks().Process(target=_rank_main, args=(rank, fn, world_size, directory, args, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:
