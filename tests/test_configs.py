@@ -8,11 +8,14 @@ import pytest
 
 from pretrain.config.load import dump_config, load_config
 from pretrain.config.rules import check, smallest_world_size
+from pretrain.errors import ConfigError
 from pretrain.model.counts import count_parameters
 from pretrain.plan import format_plan, make_plan, quantity
+from pretrain.tuning.sweep_file import load_sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(CONFIGS.rglob("*.toml"))
+SWEEPS = [CONFIGS / "sweeps" / "dense.toml"]
+FILES = sorted(set(CONFIGS.rglob("*.toml")) - set(SWEEPS))
 
 
 def counts(name):
@@ -45,9 +48,22 @@ def test_says_what_it_is_and_how_to_run_it(path):
 
 def test_the_folder_is_complete():
     wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
-    wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml"}
+    wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
     shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=names(SWEEPS))
+def test_sweeps_load_and_say_how_to_run_them(path):
+    assert f"pretrain sweep configs/{path.relative_to(CONFIGS)}" in path.read_text().partition("\n\n")[0]
+    sweep = load_sweep(path)
+    for cell in sweep.cells:
+        # Names tell size and data ratio.
+        size, ratio = cell.name.removesuffix("x").split("-")
+        assert cell.ratio == pytest.approx(float(ratio), rel=1e-3)
+        assert round(cell.model_size / 1e3) == int(size.removesuffix("k"))
+    with pytest.raises(ConfigError):  # a run's file is none
+        load_sweep(CONFIGS / "demo.toml")
 
 
 # What the growths of the demo's model make of it: key -> factor at each point.

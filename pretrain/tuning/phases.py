@@ -50,10 +50,10 @@ class Fit:
         """Whether predictions come from the law in logarithms: the published one is often not identifiable."""
         return not self.law.identifiable and self.logs is not None
 
-    def predict(self, cell: Cell) -> float:
-        """Best value in a cell."""
+    def predict(self, model_size: float, ratio: float) -> float:
+        """Best value at a model size (parameters) and a data ratio."""
         law = self.logs if self.logs is not None and self.uses_logs else self.law
-        return law.predict(cell.model_size, cell.ratio)
+        return law.predict(model_size, ratio)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _is_number(value: Any) -> bool:
 def _check(tuning: Tuning, sweep: Sweep, evaluate: EvaluateIn, cell: Cell, known: Sequence[Cell]) -> None:
     """Train what the laws predict for a cell, and with other learning rates beside it."""
     optimizer = sweep.written.optimizer[tuning.optimizer]
-    predicted = {key: law.predict(cell) for key, law in tuning.fits.items()}
+    predicted = {key: law.predict(cell.model_size, cell.ratio) for key, law in tuning.fits.items()}
     on_grid = {key: snap(value, optimizer.grid[key]) for key, value in predicted.items()}
     settings = changed(tuning.best_near(cell, known), on_grid)
     rate = dict(settings)[optimizer.lr]

@@ -173,7 +173,7 @@ def load_sweep(path: Path) -> Sweep:
     try:
         written = SweepConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError([_explain_one(problem) for problem in error.errors(include_url=False)], str(path)) from error
+        raise ConfigError([*_explain_all(error)], str(path)) from error
     sweep = Sweep(path, written)
     # What runs would be is only looked at when the file itself makes sense.
     problems = [*_key_problems(written), *_cell_problems(written)] or _run_problems(sweep)
@@ -189,6 +189,18 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def _explain_all(error: ValidationError) -> Iterator[str]:
+    """A line for each problem of a file that does not fit the schema."""
+    found = error.errors(include_url=False)
+    for problem in found:
+        loc = problem["loc"]
+        # An array none of whose entries is right counts as empty, too.
+        if problem["type"] != "too_short" or not any(
+            other["loc"][: len(loc)] == loc != other["loc"] for other in found
+        ):
+            yield _explain_one(problem)
 
 
 def _explain_one(problem: Any) -> str:

@@ -13,7 +13,7 @@ from pretrain.metrics.drawing import MUTED, colour_of, legend_below, new_figure,
 from pretrain.metrics.formats import count
 from pretrain.tuning.descent import Descent, Grid, changed
 from pretrain.tuning.phases import Check, Fit
-from pretrain.tuning.sensitivity import Trial, Value, near_optimal
+from pretrain.tuning.sensitivity import Trial, near_optimal
 from pretrain.tuning.sweep_file import Cell
 
 COLUMNS = 4
@@ -80,21 +80,25 @@ def draw_fits(fits: Mapping[str, Fit], cells: Sequence[Cell], checks: Mapping[st
     `cells`: all of the sweep.
     """
     figure, axes = _panels(len(fits))
-    ratios = sorted({round(cell.ratio, 2) for cell in cells})
+    by_ratio: dict[str, list[Cell]] = {}
+    for cell in sorted(cells, key=lambda one: (one.ratio, one.model_size)):
+        by_ratio.setdefault(f"{cell.ratio:.3g}x", []).append(cell)
+    sizes = sorted({cell.model_size for cell in cells})
     for ax, (key, law) in zip(axes, fits.items(), strict=False):
-        for index, ratio in enumerate(ratios):
-            colour, there = colour_of(index), [cell for cell in cells if round(cell.ratio, 2) == ratio]
-            points = [point for point in law.points if round(point.ratio, 2) == ratio]
-            ax.plot([p.model_size for p in points], [p.value for p in points], "o", color=colour, label=f"{ratio:g}x")
-            sizes = sorted(cell.model_size for cell in there)
-            ax.plot(sizes, [law.predict(Cell("", 0, size, round(20 * ratio * size))) for size in sizes], color=colour)
+        for index, (label, there) in enumerate(by_ratio.items()):
+            colour = colour_of(index)
+            points = [point for point in law.points if f"{point.ratio:.3g}x" == label]
+            ax.plot([p.model_size for p in points], [p.value for p in points], "o", color=colour, label=label)
+            ax.plot(sizes, [law.predict(size, there[0].ratio) for size in sizes], color=colour, linewidth=1)
             for cell in there:
                 if cell.name in checks:
-                    ax.plot(cell.model_size, _number(dict(checks[cell.name].settings)[key]), "*", color=colour, ms=14)
+                    ax.plot(cell.model_size, float(dict(checks[cell.name].settings)[key]), "*", color=colour, ms=14)
         ax.set_xscale("log")
+        ax.set_xticks(sizes, [count(size) for size in sizes])
+        ax.minorticks_off()
         if min(point.value for point in law.points) > 0:
             ax.set_yscale("log", base=2)
-        ax.xaxis.set_major_formatter(count)
+            ax.yaxis.set_major_formatter("{x:.3g}")
         ax.set_xlabel("non-embedding parameters")
         title(ax, key + (" (law in logarithms)" if law.uses_logs else ""))
     legend_below(figure, axes[0])
@@ -105,7 +109,9 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels, in rows."""
     columns = min(number, COLUMNS)
     rows = -(-number // columns)
-    figure, axes = new_figure(rows, columns, width=3.4 * columns + 0.6, height=3.1 * rows + 0.8, squeeze=False)
+    # Wide enough for the legend below, too.
+    width = max(6.5, 3.4 * columns + 0.6)
+    figure, axes = new_figure(rows, columns, width=width, height=3.1 * rows + 0.8, squeeze=False)
     flat = list(axes.flat)
     for ax in flat[number:]:
         ax.set_visible(False)
@@ -118,8 +124,5 @@ def _key_colour(grid: Grid, key: str) -> str:
 
 
 def _short(key: str) -> str:
-    return key.rpartition(".")[2]
-
-
-def _number(value: Value) -> float:
-    return float(value)
+    """Without its section."""
+    return key.partition(".")[2]

@@ -8,7 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from pretrain.run_directory import write_atomically
+from pretrain.tuning.descent import Descent
 from pretrain.tuning.ledger import LEDGER_FILE, Ledger, Row
 from pretrain.tuning.markdown import table
 from pretrain.tuning.phases import Check, Fit, Tuning
@@ -187,17 +190,23 @@ def _one_line(row: Row) -> str:
     return f"{values}: {row.reason}".replace("|", "/")
 
 
-def _draw(sweep: Sweep, tunings: Sequence[Tuning]) -> dict[str, Any]:
+def _searches(sweep: Sweep, tuning: Tuning, *phases: int) -> dict[str, Descent]:
+    """Searches that have ended, in the order of the cells."""
+    return {cell.name: tuning.searches[cell.name] for cell in sweep.cells_of(*phases) if cell.name in tuning.searches}
+
+
+def _draw(sweep: Sweep, tunings: Sequence[Tuning]) -> dict[str, Figure]:
     """Pictures by file name."""
-    pictures: dict[str, Any] = {}
-    begun = {tuning.optimizer: tuning.searches for tuning in tunings if tuning.searches}
-    if begun:
-        pictures["progress.png"] = draw_progress(begun)
+    pictures = {}
+    ended = {tuning.optimizer: _searches(sweep, tuning, 1, 2) for tuning in tunings if tuning.searches}
+    if ended:
+        pictures["progress.png"] = draw_progress(ended)
     for tuning in tunings:
         name, grid = tuning.optimizer, sweep.written.optimizer[tuning.optimizer].grid
-        first = {cell.name: tuning.searches[cell.name] for cell in sweep.cells_of(1) if cell.name in tuning.searches}
-        if tuning.searches:
-            pictures[f"one-off-{name}.png"] = draw_one_off(tuning.searches, grid)
+        if name in ended:
+            pictures[f"one-off-{name}.png"] = draw_one_off(ended[name], grid)
+        if tuning.sensitivity:
+            first = _searches(sweep, tuning, 1)
             pictures[f"near-optimal-{name}.png"] = draw_near_optimal(first, grid, sweep.written.margin)
         if tuning.fits:
             pictures[f"fit-{name}.png"] = draw_fits(tuning.fits, sweep.cells, tuning.checks)
@@ -216,11 +225,11 @@ def to_json(sweep: Sweep, tunings: Sequence[Tuning], ledger: Ledger) -> dict[str
             cell.name: {"phase": cell.phase, "model_size": cell.model_size, "tokens": cell.tokens, "ratio": cell.ratio}
             for cell in sweep.cells
         },
-        "optimizers": {tuning.optimizer: _tuning_json(tuning) for tuning in tunings},
+        "optimizers": {tuning.optimizer: _tuning_json(sweep, tuning) for tuning in tunings},
     }
 
 
-def _tuning_json(tuning: Tuning) -> dict[str, Any]:
+def _tuning_json(sweep: Sweep, tuning: Tuning) -> dict[str, Any]:
     return {
         "best": {
             cell: {
@@ -229,7 +238,7 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
                 "tried": len(found.losses),
                 "baselines": len(found.baselines),
             }
-            for cell, found in tuning.searches.items()
+            for cell, found in _searches(sweep, tuning, 1, 2).items()
         },
         "sensitive": {
             key: {"sensitive": found.sensitive, "values": list(found.values)}

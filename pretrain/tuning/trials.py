@@ -43,8 +43,8 @@ class Trial:
     @property
     def label(self) -> str:
         """One line for people."""
-        values = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.settings)
-        return f"{self.optimizer} {self.cell} seed {self.seed}: {values}"
+        values = " ".join(f"{key}={value}" for key, value in self.settings)
+        return f"{self.optimizer} {self.cell} seed {self.seed} {values}"
 
 
 def make_trial(sweep: Sweep, optimizer: str, cell: str, settings: Settings, seed: int) -> Trial:
