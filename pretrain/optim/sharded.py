@@ -184,11 +184,20 @@ class ShardedOptimizer:
         return global_norm(counted, self._device)
 
     def _by_rule(self) -> Iterator[tuple[Rule, list[int]]]:
-        """Every rule that has tensors here, with the places of its slots."""
+        """Every rule that has tensors here, with the places of its slots; dense weights and experts apart.
+
+        Ranks that hold parts of the same dense weights may own different experts: with both in one list, they would
+        not come to their collectives in the same order.
+        """
         for name, rule in self._rules.items():
-            mine = [i for i, slot in enumerate(self._slots) if slot.route.rule == name]
-            if mine:
-                yield rule, mine
+            for is_expert in (False, True):
+                mine = [
+                    i
+                    for i, slot in enumerate(self._slots)
+                    if slot.route.rule == name and slot.shard.logical.is_expert == is_expert
+                ]
+                if mine:
+                    yield rule, mine
 
     def _located_states(self) -> list[ShardedTensor]:
         return [
