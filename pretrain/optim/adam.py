@@ -130,8 +130,7 @@ class Mars(AdamW):
     c = g + gamma b1 / (1 - b1) (g - previous g),
 
     where the previous gradient is that of the step before on its own batch, raw, and c is clipped in the place of g, by
-    its global norm. Without a previous gradient c = g. Entries that a growth brings in have a previous gradient of
-    zero, so that their first c is 1 + gamma b1 / (1 - b1) times g.
+    its global norm. Before the first step, and for entries that a growth brings in, the previous gradient is zero.
     """
 
     corrects = True
@@ -143,8 +142,6 @@ class Mars(AdamW):
     def corrected(self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, step: int) -> list[torch.Tensor]:
         """c of every gradient; remembers the gradients."""
         previous = states(slots, "previous_grad")
-        if step == 1:
-            torch._foreach_copy_(previous, list(grads))
         result = torch._foreach_mul(list(grads), 1 + self._weight)
         torch._foreach_add_(result, previous, alpha=-self._weight)
         torch._foreach_copy_(previous, list(grads))

@@ -9,7 +9,7 @@ stands in for, and lr is the angle of a step. R is taken anew after a growth. A 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ from pretrain.model.shards import Shard
 from pretrain.optim.adam import AdamW
 from pretrain.optim.matrices import matrix_sums, spread_matrices
 from pretrain.optim.muon import Muon
-from pretrain.optim.rules import BATCH_NUMEL, Rule, Slot
+from pretrain.optim.rules import Rule, Slot, in_batches
 from pretrain.optim.tensor_parallel import TensorParallel
 
 
@@ -37,7 +37,8 @@ class Hyperball(Rule):
         """Three sums over each matrix (of p the first time, u and p'); collective where a tensor is split."""
         self._set_radii([slot for slot in slots if not bool(slot.state["radius"].any())])
         directions = self._inner.directions(slots, grads, step=step)
-        for batch in _gathered(directions):
+        # Several at a time, so that their norms are summed over ranks at once; copies, as the rule may reuse memory.
+        for batch in in_batches((slot, direction.clone()) for slot, direction in directions):
             self._move(batch, lr_ratios)
 
     def _set_radii(self, slots: Sequence[Slot]) -> None:
@@ -70,15 +71,3 @@ def _ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     """Their quotient in fp32, 0 where the denominator is."""
     quotient = numerator.double() / denominator
     return torch.where(denominator > 0, quotient, torch.zeros_like(quotient)).float()
-
-
-def _gathered(directions: Iterator[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
-    """Several at a time, so that their norms are summed over ranks at once. Kept apart: the rule may reuse memory."""
-    batch: list[tuple[Slot, torch.Tensor]] = []
-    for slot, direction in directions:
-        batch.append((slot, direction.clone()))
-        if sum(kept.numel() for _, kept in batch) >= BATCH_NUMEL:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -62,6 +62,10 @@ def orthogonalise(logical: LogicalTensor, box: torch.Tensor, config: MuonConfig 
     return join_matrices(logical, updates, box)
 
 
+_Member = tuple[Slot, torch.Tensor, torch.Tensor]
+"""A slot, its gradient, and which of its matrices have a gradient at all."""
+
+
 class Orthogonal(DirectionRule):
     """Orthogonalised momentum."""
 
@@ -93,39 +97,38 @@ class Orthogonal(DirectionRule):
     ) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Scaled orthogonalised directions; a tensor that is split is done whole on one of its ranks."""
         self._moved(slots, grads)
-        split: dict[bool, list[tuple[Slot, torch.Tensor]]] = {False: [], True: []}
-        for slot, grad in zip(slots, grads, strict=True):
+        # A part without a gradient still moves if the matrix has one elsewhere.
+        entries = [matrix_sums(s.shard.logical, s.shard.view(grad) != 0) for s, grad in zip(slots, grads, strict=True)]
+        self._parallel.sum_(slots, entries)
+        split: list[_Member] = []
+        for slot, grad, count in zip(slots, grads, entries, strict=True):
             if self._parallel.axis(slot.shard) is None:
-                yield slot, orthogonalise(slot.shard.logical, self._box(slot, grad), self._orthogonal)
+                yield slot, orthogonalise(slot.shard.logical, self._box(slot, grad, count > 0), self._orthogonal)
             else:
-                split[slot.shard.logical.is_expert].append((slot, grad))
-        for members in split.values():
-            # Equal sizes side by side, so that a round's ranks have equal work; stable, hence the same on all of them.
-            members.sort(key=lambda member: -member[1].numel())
-            group = self._parallel.group(members[0][0].shard) if members else None
-            for start in range(0, len(members), get_pg_size(group)):
-                yield from self._round(members[start : start + get_pg_size(group)], group)
+                split.append((slot, grad, count > 0))
+        # Equal sizes side by side, so that a round's ranks have equal work; stable, hence the same on all of them.
+        split.sort(key=lambda member: -member[1].numel())
+        group = self._parallel.group(split[0][0].shard) if split else None
+        for start in range(0, len(split), get_pg_size(group)):
+            yield from self._round(split[start : start + get_pg_size(group)], group)
 
-    def _round(
-        self, members: Sequence[tuple[Slot, torch.Tensor]], group: ProcessGroup | None
-    ) -> Iterator[tuple[Slot, torch.Tensor]]:
+    def _round(self, members: Sequence[_Member], group: ProcessGroup | None) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Updates of as many split tensors as the group has ranks: each rank does the matrices of one."""
-        shards = [slot.shard for slot, _ in members]
+        shards = [slot.shard for slot, *_ in members]
         axes = [axis for shard in shards if (axis := self._parallel.axis(shard)) is not None]
         parts = map_whole(
-            [self._box(slot, grad) for slot, grad in members],
+            [self._box(*member) for member in members],
             axes,
             lambda i, box: orthogonalise(shards[i].logical, box, self._orthogonal),
             group,
         )
-        for (slot, _), part in zip(members, parts, strict=True):
+        for (slot, *_), part in zip(members, parts, strict=True):
             yield slot, part
 
-    def _box(self, slot: Slot, grad: torch.Tensor) -> torch.Tensor:
-        """What is orthogonalised, as a logical box: zero for matrices without a gradient."""
+    def _box(self, slot: Slot, grad: torch.Tensor, moves: torch.Tensor) -> torch.Tensor:
+        """What is orthogonalised, as a logical box: zero for matrices that don't move."""
         logical = slot.shard.logical
         box = slot.shard.view(self._direction(slot.state["momentum"], grad))
-        moves = matrix_sums(logical, slot.shard.view(grad) != 0) > 0
         return box * spread_matrices(logical, moves, box)
 
 

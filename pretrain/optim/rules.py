@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,8 @@ class Rule(ABC):
     ) -> None:
         """Move the masters of `slots`. `lr_ratios`: learning rate over the peak, by age. `step` counts from 1.
 
-        Collective over the tensor-parallel groups, whose ranks own parts of the same tensors in the same order.
+        `slots` are either dense weights or experts. Collective over their tensor-parallel group, whose ranks own parts
+        of the same tensors in the same order.
         """
 
 
@@ -101,20 +102,23 @@ class DirectionRule(Rule):
             slot.apply(direction, lr_ratios)
 
 
-def batches(
-    slots: Sequence[Slot], grads: Sequence[torch.Tensor], numel: int = BATCH_NUMEL
-) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
-    """Slots and their gradients in groups of about `numel` entries, for operations on many tensors at once."""
-    group: tuple[list[Slot], list[torch.Tensor]] = ([], [])
+def batches(slots: Sequence[Slot], grads: Sequence[torch.Tensor]) -> Iterator[tuple[list[Slot], list[torch.Tensor]]]:
+    """Slots and their gradients in groups of about BATCH_NUMEL entries, for operations on many tensors at once."""
+    for group in in_batches(list(zip(slots, grads, strict=True))):
+        yield [slot for slot, _ in group], [grad for _, grad in group]
+
+
+def in_batches(members: Iterable[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
+    """Slots with a tensor each in groups of about BATCH_NUMEL entries, in order."""
+    group: list[tuple[Slot, torch.Tensor]] = []
     size = 0
-    for slot, grad in zip(slots, grads, strict=True):
-        group[0].append(slot)
-        group[1].append(grad)
-        size += grad.numel()
-        if size >= numel:
+    for slot, tensor in members:
+        group.append((slot, tensor))
+        size += tensor.numel()
+        if size >= BATCH_NUMEL:
             yield group
-            group, size = ([], []), 0
-    if group[0]:
+            group, size = [], 0
+    if group:
         yield group
 
 

@@ -9,59 +9,13 @@ import torch
 
 from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.model.logical import LogicalTensor
-from pretrain.model.shards import Shard
 from pretrain.optim.adam import adamw_
 from pretrain.optim.matrices import split_matrices
 from pretrain.optim.muon import muon_scale, orthogonalise
 from pretrain.optim.sharded import ShardedOptimizer
 from tests.kernels.test_newton_schulz import reference as polar_reference
 from tests.optim.build import MOE, Layout, make_groups, make_shards, set_grads
-
-SHAPES = [(32, 32), (24, 48), (48, 24)]
-STEPS = 60
-LR, DECAY = 1e-3, 0.1
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).norm() / b.norm())
-
-
-def gradients(seed: int = 0) -> list[list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(STEPS)]
-
-
-def start() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(99)
-    return [0.1 * torch.randn(shape, generator=generator) for shape in SHAPES]
-
-
-def torch_replay(make) -> list[torch.Tensor]:
-    """Parameters after the gradient sequence under a torch optimizer."""
-    params = [torch.nn.Parameter(p) for p in start()]
-    optimizer = make(params)
-    for grads in gradients():
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-        optimizer.step()
-    return [param.detach() for param in params]
-
-
-def plain_matrix(i: int) -> LogicalTensor:
-    return LogicalTensor(f"m{i}", ("hidden", "ffn"), SHAPES[i], "matrix", {})
-
-
-def our_replay(config: OptimConfig) -> list[torch.Tensor]:
-    shards = [
-        Shard(plain_matrix(i), (0, 0), SHAPES[i], torch.nn.Parameter(p), (0, 0, 0)) for i, p in enumerate(start())
-    ]
-    optimizer = ShardedOptimizer(shards, config, make_groups(Layout()))
-    for grads in gradients():
-        for shard, grad in zip(shards, grads, strict=True):
-            shard.tensor.grad = grad.clone()
-        optimizer.step(1.0)
-    return [shard.tensor.detach() for shard in shards]
+from tests.optim.replay import DECAY, LR, SHAPES, STEPS, gradients, our_replay, relative, start, torch_replay
 
 
 def adamw_replay(eps_inside: bool = False) -> list[torch.Tensor]:
