@@ -88,6 +88,11 @@ class Ledger:
             self._writer.write({**asdict(row), "time": round(time.time(), 3)})
             self.rows[row.key] = row
 
+    def ended(self) -> list[Row]:
+        """All rows of this moment; other threads may go on adding."""
+        with self._lock:
+            return list(self.rows.values())
+
 
 @contextmanager
 def open_ledger(directory: Path, *, writing: bool) -> Iterator[Ledger]:

@@ -67,6 +67,7 @@ class Workers:
     train: Train
     jobs: int
     waiting: int = 0
+    """Trials that were asked for and have not ended. What will be asked for after them nobody knows."""
     _guard: threading.Lock = field(default_factory=threading.Lock)
     _of_key: defaultdict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
@@ -87,14 +88,18 @@ class Workers:
         with self._guard:
             lock = self._of_key[trial.key]
         with lock:
+            is_new = trial.key not in self.ledger.rows
             try:
-                return trial.key in self.ledger.rows or self._train(trial)
+                is_done = not is_new or self._train(trial)
             except Exception:
                 self.budget.why = "an error"  # Nothing more is started: the error ends the sweep.
                 raise
             finally:
                 with self._guard:
                     self.waiting -= 1
+            if is_new and is_done:
+                self._say(trial)
+            return is_done
 
     def _train(self, trial: Trial) -> bool:
         with self._guard:
@@ -107,20 +112,21 @@ class Workers:
         self._refuse_hopeless(trial, row)
         self.ledger.add(row)
         discard_checkpoints(trial)
-        self._say(trial, row)
         return True
 
     def _refuse_hopeless(self, trial: Trial, row: Row) -> None:
         """When nothing has ever worked, the fault is not the hyperparameters': it is no result."""
-        if row.reason.startswith(FAILED) and all(one.reason for one in self.ledger.rows.values()):
+        if row.reason.startswith(FAILED) and all(one.reason for one in self.ledger.ended()):
             log = trial.config.run.directory / LOG_FILE
             raise UserError(f"{trial.label}: {row.reason}; nothing has worked so far, so mend this first (see {log})")
 
-    def _say(self, trial: Trial, row: Row) -> None:
-        mean = statistics.mean(one.seconds for one in self.ledger.rows.values())
+    def _say(self, trial: Trial) -> None:
+        row = self.ledger.rows[trial.key]
+        ended = self.ledger.ended()
+        mean = statistics.fmean(one.seconds for one in ended)
         left = duration(mean * self.waiting / self.jobs)
         result = row.reason or f"loss {row.loss:.4f}"
-        print(f"[{len(self.ledger.rows)} done, {self.waiting} asked for, {left}] {trial.label}: {result}", flush=True)
+        print(f"[{len(ended)} done, {self.waiting} asked for, {left}] {trial.label}: {result}", flush=True)
 
 
 def sweep(
