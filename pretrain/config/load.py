@@ -52,21 +52,22 @@ def dump_config(config: Config) -> str:
 
 
 def _read_with_base(path: Path) -> Table:
-    raw = _read_toml(path)
+    raw = read_toml(path)
     if "base" not in raw:
         return raw
     name = raw.pop("base")
     if not isinstance(name, str):
         raise ConfigError([f'base = {_show(name)}: must be the name of a file; write base = "FILE.toml"'], str(path))
     base_path = path.parent / name
-    base = _read_toml(base_path)
+    base = read_toml(base_path)
     if "base" in base:
         problem = f'base = "{name}": that file has a base itself ({_show(base["base"])}), and only one level is read'
         raise ConfigError([f"{problem}; put the shared keys in one file"], str(path))
     return _merge(base, raw)
 
 
-def _read_toml(path: Path) -> Table:
+def read_toml(path: Path) -> Table:
+    """A TOML file. Raises ConfigError."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -132,20 +133,20 @@ def _explain_all(raw: Table, error: ValidationError, world_size: int | None) -> 
     errors = error.errors(include_url=False)
     keys = _schema_keys()
     meant: dict[tuple[int | str, ...], str] = {
-        e["loc"]: _nearest(_dotted(e["loc"]), keys) for e in errors if e["type"] == "extra_forbidden"
+        e["loc"]: _nearest(dotted(e["loc"]), keys) for e in errors if e["type"] == "extra_forbidden"
     }
     problems = []
-    suspects = [*meant.values(), *(_dotted(e["loc"]).partition("[")[0] for e in errors)]
+    suspects = [*meant.values(), *(dotted(e["loc"]).partition("[")[0] for e in errors)]
     repaired = json.loads(json.dumps(raw, default=str))
     for e in errors:
-        key = _dotted(e["loc"])
+        key = dotted(e["loc"])
         if e["type"] == "missing":
             if key not in meant.values():  # else the misspelt key's line says it already
                 problems.append(_explain_missing(key))
             continue
         _remove(repaired, e["loc"])
         unknown = e["type"] == "extra_forbidden"
-        problems.append(_explain_unknown(key, e["input"], meant[e["loc"]], keys) if unknown else _explain(key, e))
+        problems.append(_explain_unknown(key, e["input"], meant[e["loc"]], keys) if unknown else explain(key, e))
     # Rules that do not touch a doubtful key hold anyway: report what they find in the same go.
     try:
         broken = check(_build(repaired), world_size)
@@ -169,7 +170,7 @@ def _explain_unknown(key: str, value: Any, nearest: str, keys: Mapping[str, bool
     return f"{what}; known are {', '.join(known)}"
 
 
-def _explain(key: str, error: Mapping[str, Any]) -> str:
+def explain(key: str, error: Mapping[str, Any]) -> str:
     """A wrong type or a broken limit as `key = value: rule; remedy`."""
     value, limits = error["input"], error.get("ctx", {})
     texts = {
@@ -207,7 +208,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _dotted(loc: Sequence[int | str]) -> str:
+def dotted(loc: Sequence[int | str]) -> str:
     """`("data", "train", 0, "prefix")` as `data.train[0].prefix`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 

@@ -31,15 +31,14 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic_core import PydanticCustomError
 
 from pretrain.config.base import PositiveFloat, Section
-from pretrain.config.load import _dotted, _explain, _read_toml, load_config
+from pretrain.config.load import dotted, explain, load_config, read_toml
+from pretrain.config.published import data_ratio
 from pretrain.config.schema import Config
 from pretrain.config.stages import stages
 from pretrain.errors import ConfigError
 from pretrain.model.counts import count_parameters
 from pretrain.tuning.descent import Settings, neighbours, settings_of
 
-TOKENS_PER_PARAMETER = 20
-"""Tokens per non-embedding parameter at data ratio 1 (Chinchilla's rule, as arXiv 2509.02046 counts it)."""
 WARMUP = "schedule.warmup_steps"
 OWN_KEYS = ("run.directory", "run.seed")
 """Set by the sweep itself."""
@@ -118,13 +117,13 @@ class Cell:
     name: str
     phase: int
     model_size: int
-    """Non-embedding parameters; of the final model where it grows."""
+    """Active non-embedding parameters; of the final model where it grows."""
     tokens: int
 
     @property
     def ratio(self) -> float:
-        """Tokens over 20 per non-embedding parameter."""
-        return self.tokens / (TOKENS_PER_PARAMETER * self.model_size)
+        """Tokens over 20 for each of these parameters."""
+        return data_ratio(self.tokens, self.model_size)
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Sweep:
         for one in self.written.cell:
             name, optimizer = next(iter(self.written.optimizer.items()))
             config = self.run_config(name, one.name, settings_of(optimizer.start))
-            size = count_parameters(stages(config)[-1].config.model).non_embedding
+            size = count_parameters(stages(config)[-1].config.model).active_non_embedding
             found.append(Cell(one.name, one.phase, size, config.total_steps * config.batch.tokens_per_step))
         return tuple(found)
 
@@ -169,7 +168,7 @@ class Sweep:
 
 def load_sweep(path: Path) -> Sweep:
     """Read and check a file of `pretrain sweep`. Raises ConfigError with every problem found."""
-    raw = _read_toml(path)
+    raw = read_toml(path)
     try:
         written = SweepConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
@@ -204,7 +203,7 @@ def _explain_all(error: ValidationError) -> Iterator[str]:
 
 
 def _explain_one(problem: Any) -> str:
-    key, kind = _dotted(problem["loc"]), problem["type"]
+    key, kind = dotted(problem["loc"]), problem["type"]
     if kind == "missing":
         return f"{key}: missing; give it a value"
     if kind == "extra_forbidden":
@@ -215,7 +214,7 @@ def _explain_one(problem: Any) -> str:
         return f"{key}: must be letters, digits, points and dashes, as it names files; choose another"
     if kind == "scalar":
         return f"{key} = {json.dumps(problem['input'])}: {problem['msg']}"
-    return _explain(key, problem)
+    return explain(key, problem)
 
 
 def _key_problems(written: SweepConfig) -> Iterator[str]:
