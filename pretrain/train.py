@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from pretrain.config.rules import check, check_runnable
 from pretrain.config.schema import Config
@@ -16,6 +17,7 @@ from pretrain.optim.routing import check_routes
 from pretrain.optim.sharded import StepResult
 from pretrain.parallel.engine import Batch
 from pretrain.parallel.mesh import Meshes, forget_mesh
+from pretrain.parallel.probe import probe_passes
 from pretrain.parallel.routing_stats import (
     aux_losses,
     copy_selection_biases,
@@ -84,6 +86,7 @@ def is_due(every_steps: int, state: TrainState, config: Config) -> bool:
 def train_step(run: Run, state: TrainState) -> float:
     """Train on one global batch and log it; returns its loss. Collective."""
     batch = next_batch(run)
+    estimate_curvature(run, state, batch)
     reset_routing_stats(run.engine)
     biases = copy_selection_biases(run.engine)
     loss = float(run.engine.forward_backward(iter(batch)))
@@ -96,6 +99,14 @@ def train_step(run: Run, state: TrainState) -> float:
     run.clock.end_step(kept=not result.skipped)
     log_step(run, state, loss, result)
     return loss
+
+
+def estimate_curvature(run: Run, state: TrainState, batch: Sequence[Batch]) -> None:
+    """Where the optimizer wants it, show it the gradients around the weights before it moves them. Collective."""
+    if run.optimizer.wants_curvature:
+        with probe_passes(run.engine, batch) as backward:
+            curvature = run.optimizer.estimate_curvature(backward, seed=run.config.run.seed)
+        run.event("curvature", state, **asdict(curvature))
 
 
 def next_batch(run: Run) -> list[Batch]:

@@ -12,6 +12,7 @@ from pretrain.optim.hyperball import Hyperball
 from pretrain.optim.muon import Muon, Scion
 from pretrain.optim.routing import rules_of
 from pretrain.optim.rules import Rule
+from pretrain.optim.sophia import Sophia
 from pretrain.optim.tensor_parallel import TensorParallel
 
 
@@ -29,6 +30,7 @@ def _make(name: RuleName, config: OptimConfig, groups: ProcessGroupCollection) -
         "cautious": lambda: Cautious(config, parallel),
         "adam_mini": lambda: AdamMini(config, parallel),
         "lion": lambda: Lion(config),
+        "sophia": lambda: Sophia(config, parallel),
         "signum": lambda: Signum(config),
         "muon": lambda: Muon(config.muon, groups),
         "scion": lambda: Scion(config.scion, groups),

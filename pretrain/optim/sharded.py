@@ -7,7 +7,7 @@ reduced gradient, and sends the new weights to the others. See README.md in this
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from pretrain.optim.ownership import Load, assign_owners
 from pretrain.optim.registry import make_rules
 from pretrain.optim.routing import route
 from pretrain.optim.rules import Rule, Slot
+from pretrain.optim.sophia import Curvature, Sophia
 from pretrain.optim.states import State, state_key, state_numel, states_of
 from pretrain.optim.tensor_parallel import TensorParallel
 
@@ -125,6 +126,34 @@ class ShardedOptimizer:
         self._publish()
         return StepResult(norm, clipped=clipped, skipped=False)
 
+    @property
+    def wants_curvature(self) -> bool:
+        """Whether `estimate_curvature` comes before the next update."""
+        rule = self._rules.get("sophia")
+        return isinstance(rule, Sophia) and rule.is_due(self._steps)
+
+    @torch.no_grad()
+    def estimate_curvature(self, backward: Callable[[], None], *, seed: int) -> Curvature:
+        """What Sophia does before some of its updates, see `wants_curvature`. Collective over all ranks.
+
+        backward: passes over the batch of the update, as before `step`; called once or twice, at other weights.
+        Weights are the same bits before and after; gradients are not.
+        """
+        rule = self._rules["sophia"]
+        assert isinstance(rule, Sophia)
+
+        def gradients() -> list[torch.Tensor] | None:
+            self._publish()
+            with torch.enable_grad():
+                backward()
+            grads = [_gradient(slot.shard) for slot in self._slots]
+            return grads if math.isfinite(self._norm(grads)) else None
+
+        share = self._clipped_share(rule)
+        finite = rule.estimate(self._slots, gradients, seed=seed, step=self._steps + 1)
+        self._publish()
+        return Curvature(skipped=not finite, clipped_share=share)
+
     def named_state(self) -> list[ShardedTensor]:
         """The tensors of this rank's state, to be saved or filled in place: `optimizer.<name>.<key of the weight>`.
 
@@ -182,6 +211,16 @@ class ShardedOptimizer:
         """Global norm of what stands for the gradients of owned shards. Collective."""
         counted = [grad for slot, grad in zip(self._slots, grads, strict=True) if slot.shard.counts_in_norm]
         return global_norm(counted, self._device)
+
+    def _clipped_share(self, rule: Sophia) -> float:
+        """Share of the model's weights that the last update has clipped. Collective."""
+        counted = [slot for slot in self._slots if slot.shard.counts_in_norm]
+        clipped = rule.clipped(counted, step=self._steps) if self._steps else 0
+        entries = sum(slot.master.numel() for slot in counted)
+        counts = torch.tensor([clipped, entries], dtype=torch.int64, device=self._device)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+        return int(counts[0]) / int(counts[1])
 
     def _by_rule(self) -> Iterator[tuple[Rule, list[int]]]:
         """Every rule that has tensors here, with the places of its slots; dense weights and experts apart.
