@@ -6,15 +6,18 @@ import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from pretrain.config.optim import Kind, OptimConfig
 from pretrain.config.schema import ModelConfig
 from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.shards import Shard
+from pretrain.optim.routing import rules_of
 
 MOE = ModelConfig(
     vocab_size=64,
@@ -32,6 +35,19 @@ MOE = ModelConfig(
     first_dense_layers=1,
     router={"score_function": "sigmoid", "bias_update_rate": 1e-3},
 )
+
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_BLOCKS: dict[str, Any] = {
+    "soap": {"soap": {"block_size": 4, "every_steps": 2}},
+    "kron": {"kron": {"block_size": 4}},
+}
+
+
+def config_of(kind: str, **keys: Any) -> OptimConfig:
+    """An optimizer with its defaults and `keys`, the router with the hidden matrices, blocks that fit any layout."""
+    routes = {"*.router.weight": rules_of(kind)[0]}
+    return OptimConfig.model_validate({"kind": kind, "routes": routes, **_BLOCKS.get(kind, {}), **keys})
 
 
 @dataclass(frozen=True)

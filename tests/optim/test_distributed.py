@@ -22,7 +22,9 @@ from pretrain.optim.exchange import check_same, map_whole, spread
 from pretrain.optim.muon import orthogonalise
 from pretrain.optim.sharded import ShardedOptimizer
 from tests.helpers.distributed import run_ranks
+from tests.optim import moving
 from tests.optim.build import (
+    KINDS,
     MOE,
     Layout,
     boxes,
@@ -34,6 +36,7 @@ from tests.optim.build import (
     part_of,
     set_grads,
 )
+from tests.optim.moving import moving_worker, straight
 
 STEPS = 4
 CONFIGS = {
@@ -175,6 +178,8 @@ def all_workers(world: int, folder: str):
     if world == 4:
         outcomes["blockwise"] = blockwise_worker(tp=4)
         outcomes["non-finite"] = non_finite_worker()
+        found = moving_worker()
+        outcomes["moving"] = found if dist.get_rank() == 0 else None
         for kind in CONFIGS:
             outcomes[f"grown {kind}"] = layout_worker(2, 2, 1, kind, ages=grown_twice)
     return outcomes
@@ -207,6 +212,31 @@ def test_layout_changes_nothing(name, outcomes):
         assert layout_norms == results[0][2]
         assert naive > 1.005 * norms[0], "copies counted twice show"
     assert_owned_once(results, dtype)
+
+
+def off(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative distance of every tensor."""
+    assert found.keys() == expected.keys()
+    sizes = {key: float(value.double().norm()) or 1.0 for key, value in expected.items()}
+    return {key: float((found[key].double() - value).norm()) / sizes[key] for key, value in expected.items()}
+
+
+@pytest.mark.parametrize("move", moving.MOVES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_any_kind_goes_on_on_any_layout(kind, move, outcomes):
+    """Weights and states after a run that is broken off and goes on elsewhere are those of one on one process."""
+    found = outcomes(4, "moving")[0]
+    expected = straight(kind, moving.MOVES[move][0])
+    assert max(off(found[f"{kind} {move}"], expected).values()) < 1e-6
+    assert all(value.isfinite().all() for value in expected.values())
+
+
+@pytest.mark.parametrize("kind", moving.SUMMING)
+def test_sums_over_the_parts_of_a_matrix_count(kind, outcomes):
+    """Negative control: without them, parts would go ways of their own."""
+    found = outcomes(4, "moving")[0][f"{kind} without sums"]
+    distances = off(found, straight(kind, torch.float32, moving.STEPS // 2))
+    assert max(value for key, value in distances.items() if not key.startswith("optimizer")) > 1e-4
 
 
 def upside_down(logical: LogicalTensor) -> list[np.ndarray]:
