@@ -30,6 +30,9 @@ from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 # Entries of a box that is made and written as one.
 BOX_ENTRIES = 1 << 26
 
+# Keys that decide which tensors a checkpoint has.
+SHAPING = ("model.", "optim.kind", "optim.routes", "optim.soap.block_size", "optim.kron.block_size")
+
 # Noise of a smaller share of the standard deviation is mostly lost in bf16: at 0.001, 78 % of the entries round back.
 SMALLEST_BF16_NOISE = 0.003
 
@@ -104,7 +107,7 @@ def _point(path: Path, config: Config, state: TrainState) -> GrowthPoint:
         )
     own = load_config(path / CONFIG_FILE)
     changed = changed_keys(stages(own)[done].config, stages(config)[done].config)
-    differing = [change for change in changed if change.startswith(("model.", "optim.kind"))]
+    differing = [change for change in changed if change.startswith(SHAPING)]
     if differing:
         raise ConfigError([f"{change}: not what {path} was trained with; restore it" for change in differing])
     return next_growth(config, done, scores=state.scores)

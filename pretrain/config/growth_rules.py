@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pretrain.config.growth import WIDTH_AXES, DepthGrowth, ExpertGrowth, GrowthConfig, WidthGrowth
+from pretrain.config.optim import Kind
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.config.stages import axis_size, grown_model, growth_step, wider_size
+
+PROBING = ("sophia", "kron")
+"""Optimizers whose states depend on numbers drawn for every entry."""
 
 
 def growth_rules(config: Config) -> Iterator[str]:
@@ -20,7 +24,7 @@ def growth_rules(config: Config) -> Iterator[str]:
         previous = growth_step(config, growth)
     model = config.model
     for index, growth in enumerate(config.growth):
-        problems = list(_operator_rules(model, growth, f"growth[{index}]"))
+        problems = list(_operator_rules(model, growth, f"growth[{index}]", config.optim.kind))
         yield from problems
         if problems:
             return  # The model after this point is not known.
@@ -58,7 +62,7 @@ def _time_rules(config: Config, growth: GrowthConfig, key: str, previous: int) -
         )
 
 
-def _operator_rules(model: ModelConfig, growth: GrowthConfig, key: str) -> Iterator[str]:
+def _operator_rules(model: ModelConfig, growth: GrowthConfig, key: str, kind: Kind) -> Iterator[str]:
     if not (growth.depth or growth.experts or growth.widths):
         yield f"{key}: nothing grows; give it depth, experts, {' or '.join(WIDTH_AXES)}"
     if growth.depth:
@@ -71,7 +75,7 @@ def _operator_rules(model: ModelConfig, growth: GrowthConfig, key: str) -> Itera
         yield from _expert_rules(model, growth.experts, f"{key}.experts", exact=exact)
     for name, width in growth.widths.items():
         yield from _width_rules(model, name, width, f"{key}.{name}")
-    yield from _state_rules(growth, key)
+    yield from _state_rules(growth, key, kind)
 
 
 def _depth_rules(model: ModelConfig, depth: DepthGrowth, key: str) -> Iterator[str]:
@@ -144,7 +148,7 @@ def _width_rules(model: ModelConfig, name: str, width: WidthGrowth, key: str) ->
         )
 
 
-def _state_rules(growth: GrowthConfig, key: str) -> Iterator[str]:
+def _state_rules(growth: GrowthConfig, key: str, kind: Kind) -> Iterator[str]:
     if growth.optimizer_state != "exact":
         return
     experts = growth.experts
@@ -153,4 +157,9 @@ def _state_rules(growth: GrowthConfig, key: str) -> Iterator[str]:
         yield (
             f'{key}.optimizer_state = "exact": known only for experts alone with top_k = "double" and noise = 0; use '
             '"asymmetric", "copy" or "reset"'
+        )
+    elif kind in PROBING:
+        yield (
+            f'{key}.optimizer_state = "exact": optim.kind = "{kind}" probes every expert with random numbers of its '
+            'own, so that copies part; use "asymmetric", "copy" or "reset"'
         )

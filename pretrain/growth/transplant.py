@@ -50,13 +50,15 @@ class Target:
 
 
 def state_map(growth: GrowthPoint, weights: TensorMap, name: str, optim: OptimConfig) -> tuple[State, TensorMap | None]:
-    """A state of a weight of the grown model, and where it comes from; None: from nowhere, it starts at zero."""
-    new, old = (
-        states_of(weight, route(weight, optim).rule, optim).get(name) for weight in (weights.target, weights.source)
-    )
-    assert new is not None, f"{weights.target.key} has no {name}"
-    if old is None or not new.carried:
+    """A state of a weight of the grown model, and where it comes from; None: from nowhere, it starts at zero.
+
+    A copied layer may have another rule than its source, where `optim.routes` names layers.
+    """
+    rules = [route(weight, optim).rule for weight in (weights.target, weights.source)]
+    new = states_of(weights.target, rules[0], optim)[name]
+    if rules[0] != rules[1] or not new.carried:
         return new, None
+    old = states_of(weights.source, rules[1], optim)[name]
     return new, growth.state_map(weights, old.tensor, new.tensor)
 
 

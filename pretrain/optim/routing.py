@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pretrain.config.growth import GrowthConfig
 from pretrain.config.optim import Kind, OptimConfig, RuleName
 from pretrain.config.schema import Config
 from pretrain.config.stages import stages
@@ -24,6 +25,8 @@ RULES: dict[Kind, tuple[RuleName, ...]] = {
 """The rules of optimizers that have several: that of hidden matrices first, that of all the rest last."""
 MATRIX_RULES = ("muon", "scion", "kron", "soap", "muonh", "adamh")
 """Rules that a vector can't have."""
+NORM_KEEPING = ("muonh", "adamh")
+"""Rules under which a matrix keeps its norm, that of a matrix of zeros, too."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def route(logical: LogicalTensor, config: OptimConfig) -> Route:
         if fnmatch.fnmatchcase(logical.key, pattern):
             rule = chosen
     decays = {"embedding": config.decay_embeddings, "norm": config.decay_norms}.get(logical.kind, True)
-    decays = decays and rule not in ("muonh", "adamh")
+    decays = decays and rule not in NORM_KEEPING
     return Route(rule, _peak(rule, config), config.weight_decay if decays else 0.0)
 
 
@@ -87,10 +90,12 @@ def check_routes(config: Config) -> list[str]:
         if rule not in rules_of(config.optim.kind):
             known = ", ".join(f'"{name}"' for name in rules_of(config.optim.kind))
             problems.append(f'{key} = "{rule}": optim.kind = "{config.optim.kind}" has the rules {known}; use one')
-    for stage in stages(config):
+    for number, stage in enumerate(stages(config)):
         trained = [tensor for tensor in logical_tensors(stage.config.model) if tensor.trainable]
         problems += _pattern_problems(trained, config.optim)
         problems += _block_problems(trained, stage.config)
+        if stage.growth:
+            problems += _growth_problems(trained, config.optim, stage.growth, f"growth[{number - 1}]")
     return list(dict.fromkeys(problems))
 
 
@@ -106,6 +111,27 @@ def _pattern_problems(tensors: Sequence[LogicalTensor], optim: OptimConfig) -> l
         elif vector and rule in MATRIX_RULES:
             problems.append(f"{key}: {vector} is a vector and {rule} needs matrices; narrow the pattern")
     return problems
+
+
+def _growth_problems(
+    tensors: Sequence[LogicalTensor], optim: OptimConfig, growth: GrowthConfig, key: str
+) -> Iterator[str]:
+    """What rules cannot do with what a growth makes."""
+    ruled = [(tensor, route(tensor, optim).rule) for tensor in tensors]
+    for tensor, rule in ruled:
+        if growth.depth and growth.depth.identity and tensor.writes_stream and rule in NORM_KEEPING:
+            yield (
+                f"{key}.depth.identity = true: new layers begin with matrices of zeros, and {rule} keeps the norm of "
+                f"{tensor.key}; leave it out, or use another optim.kind"
+            )
+            break
+    for tensor, rule in ruled:
+        if growth.optimizer_state == "exact" and tensor.kind == "router" and rule in MATRIX_RULES:
+            yield (
+                f'{key}.optimizer_state = "exact": {rule} mixes the rows of {tensor.key}, so that those of copies do '
+                "not move as one did; leave the router out of optim.routes"
+            )
+            break
 
 
 def _block_problems(tensors: Sequence[LogicalTensor], config: Config) -> list[str]:

@@ -9,9 +9,10 @@ import torch
 
 from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.errors import CheckpointError
+from pretrain.optim.routing import route
 from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.optim.states import split_state_key, state_key
-from tests.optim.build import MOE, Layout, boxes, make_groups, make_shards, set_grads
+from tests.optim.build import KINDS, MOE, Layout, boxes, config_of, make_groups, make_shards, set_grads
 
 ADAMW = OptimConfig(lr=1e-2)
 MUON = OptimConfig(kind="muon", lr=1e-2, muon=MuonConfig(lr=2e-2))
@@ -48,9 +49,9 @@ def test_only_trainable_tensors_move():
     assert still == {"decoder.layers.1.mlp.router.expert_bias"}
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_decay_is_all_a_zero_gradient_does(config):
-    config = config.model_copy(update={"weight_decay": 0.3})
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_is_all_a_zero_gradient_does(kind):
+    config = config_of(kind, weight_decay=0.3)
     shards, optimizer = build(config)
     before = boxes(shards)
     for shard in shards:
@@ -61,12 +62,39 @@ def test_decay_is_all_a_zero_gradient_does(config):
     for shard in shards:
         if not shard.logical.trainable:
             continue
-        is_muon = config.kind == "muon" and shard.logical.kind == "matrix"
-        lr = 0.5 * (2e-2 if is_muon else 1e-2)
-        decays = shard.logical.kind not in ("embedding", "norm")
-        expected = before[shard.key] * (1 - lr * 0.3 * decays)
-        torch.testing.assert_close(shard.view().detach(), expected, rtol=2e-7, atol=0)
+        keeps_norm = kind in ("muonh", "adamh") and shard.logical.kind in ("matrix", "router", "output")
+        decays = shard.logical.kind not in ("embedding", "norm") and not keeps_norm
+        expected = before[shard.key] * (1 - 0.5 * route(shard.logical, config).lr * 0.3 * decays)
+        torch.testing.assert_close(shard.view().detach(), expected, rtol=2e-7, atol=0, msg=shard.key)
         assert decays != torch.equal(expected, before[shard.key])
+
+
+# What an expert without tokens does along what is left of its momentum: nothing, or what the rule makes of it.
+STILL = ("muon", "scion", "muonh", "cautious")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_without_tokens(kind):
+    """It never had any, only some, and again none: finite at all times, and only decay without momentum."""
+    shards, optimizer = build(config_of(kind, weight_decay=0.1))
+    shard = next(s for s in shards if s.key.endswith("experts.linear_fc1.weight"))
+    chosen = route(shard.logical, config_of(kind, weight_decay=0.1))
+    idle, decay = 2, 1 - chosen.lr * chosen.weight_decay
+    moved = []
+    for step in range(12):
+        before = shard.view()[idle].detach().clone()
+        set_grads(shards, str(step))
+        if step < 3 or step > 8:
+            shard.view(shard.tensor.main_grad)[idle] = 0
+        optimizer.step(1.0)
+        assert all(bool(s.tensor.isfinite().all()) for s in shards)
+        assert all(bool(s.data.isfinite().all()) for s in optimizer.named_state())
+        after = shard.view()[idle].detach()
+        moved.append(float((after - before * decay).norm() / before.norm()))
+    assert max(moved[:3]) < 1e-6
+    assert min(moved[5:9]) > 1e-4
+    assert (max(moved[9:]) < 1e-6) == (kind in STILL)
+    assert (min(moved[9:]) > 1e-4) == (kind not in STILL)
 
 
 def test_zero_ratio_changes_nothing_but_state():
@@ -202,9 +230,11 @@ def test_state_keys():
     assert split_state_key(key) == (None, key)
 
 
-@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_as_if_never_stopped(config, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.bfloat16) for kind in KINDS), ("adamw", torch.float32), ("muonh", torch.float32)]
+)
+def test_resume_is_as_if_never_stopped(kind, dtype):
+    config = config_of(kind)
     straight, straight_optimizer = build(config, dtype)
     run(straight, straight_optimizer, range(6))
 
