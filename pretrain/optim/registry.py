@@ -9,9 +9,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from pretrain.config.optim import OptimConfig, RuleName
 from pretrain.optim.adam import AdamMini, AdamW, Cautious, Lion, Mars, NAdamW, Signum
 from pretrain.optim.hyperball import Hyperball
+from pretrain.optim.kron import Kron
 from pretrain.optim.muon import Muon, Scion
 from pretrain.optim.routing import rules_of
 from pretrain.optim.rules import Rule
+from pretrain.optim.soap import Soap
 from pretrain.optim.sophia import Sophia
 from pretrain.optim.tensor_parallel import TensorParallel
 
@@ -34,6 +36,8 @@ def _make(name: RuleName, config: OptimConfig, groups: ProcessGroupCollection) -
         "signum": lambda: Signum(config),
         "muon": lambda: Muon(config.muon, groups),
         "scion": lambda: Scion(config.scion, groups),
+        "soap": lambda: Soap(config),
+        "kron": lambda: Kron(config),
         "muonh": lambda: Hyperball(Muon(config.muon, groups), parallel),
         "adamh": lambda: Hyperball(AdamW(config), parallel),
     }
