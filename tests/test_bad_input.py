@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from pretrain import cli
+from pretrain.checkpoint import CheckpointReader, read_state
 from pretrain.config.load import dump_config
+from pretrain.config.optim import SECTIONS
 from pretrain.config.schema import Config
 from pretrain.run_directory import locked
 from tests.helpers.commands import CommandProcess, Result, command_process, contents, torchrun
@@ -123,6 +125,57 @@ def test_all_problems_are_told_at_once(config: Path, capsys: pytest.CaptureFixtu
         if not problem.startswith("batch."):  # with a wrong layout there is no data-parallel size
             assert sum(line.startswith(f"  {problem}") for line in lines) == 1, problem
     assert contents(config.parent) == before
+
+
+# The optimizer: keys that its kind does not read, and rules that tensors cannot have.
+
+OPTIM_PROBLEMS = [
+    (
+        "{muon={}}",
+        'optim.muon: optim.kind = "adamw" does not read it; leave it out, or set optim.kind = "muon" or "muonh"',
+    ),
+    ("{kind='lion', eps=1e-8}", 'optim.eps = 1e-08: optim.kind = "lion" does not read it; leave it out'),
+    ("{kind='muonh', muon={lr=0.02}}", 'optim.muon.lr = 0.02: optim.kind = "muonh" does not read it; leave it out'),
+    ("{kind='soap', mars={gamma=0.1}}", 'optim.mars: optim.kind = "soap" does not read it; leave it out, or set optim'),
+    ("{kind='moun'}", 'optim.kind = "moun": must be "adamw", "nadamw", "mars", '),
+    ("{kind='muon', muon={momentum=1.0}}", "optim.muon.momentum = 1.0: must be less than 1; lower it"),
+    ("{kind='muon', muon={gamma=0.1}}", "optim.muon.gamma = 0.1: unknown key; "),
+    (
+        "{kind='muon', routes={'*.router.weight'='soap'}}",
+        'optim.routes."*.router.weight" = "soap": optim.kind = "muon" has',
+    ),
+    (
+        "{kind='muon', routes={'*.rooter.*'='muon'}}",
+        'optim.routes."*.rooter.*" = "muon": matches no tensor; names are ',
+    ),
+    (
+        "{kind='soap', routes={'*norm*'='soap'}}",
+        'optim.routes."*norm*" = "soap": decoder.layers.0.input_layernorm.weight is',
+    ),
+]
+
+
+@pytest.mark.parametrize(("optim", "problem"), OPTIM_PROBLEMS)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_problem_of_the_optimizer(
+    config: Path, capsys: pytest.CaptureFixture[str], command: str, optim: str, problem: str
+) -> None:
+    before = contents(config.parent)
+    assert cli.main([command, str(config), "--set", f"optim={optim}"]) == 2
+    head, line = capsys.readouterr().err.splitlines()
+    assert head in (f"error: 1 problem in {config}:", "error: 1 problem:")  # of the file; of the model it describes
+    assert line.startswith(f"  {problem}")
+    assert contents(config.parent) == before
+
+
+def test_every_kind_of_optimizer_without_a_problem(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The passing counterpart: with its own sections, and read as it is written down."""
+    for kind, sections in SECTIONS.items():
+        optim = {"kind": kind} | {section: {} for section in sections}
+        assert cli.main(["plan", str(written(tiny_config(corpus, tmp_path / "run", optim=optim), tmp_path))]) == 0, kind
+        assert capsys.readouterr().err == ""
 
 
 # Growth: refused by `plan` and by `train`, before anything is made. The model has 2 layers, hidden size 32, 4 experts
@@ -338,6 +391,21 @@ def test_a_checkpoint_of_another_optimizer(pretrain: CommandProcess, begun: Path
     message = refused(pretrain("train", begun, "--set=optim.kind=muon"))
     assert 'optim.kind = "muon": the checkpoint has the state of "adamw"; resume with' in message
     assert contents(begun.parent) == before
+
+
+def test_the_state_of_another_optimizer_is_dropped_on_request(pretrain: CommandProcess, begun: Path) -> None:
+    """The run goes on from the weights: the first update is one of fresh moments, the learning rate in size."""
+    result = pretrain("train", begun, "--set=optim.kind=muon", "--set=optim.drop_other_state=true")
+    assert (result.code, only_error(result)) == (0, "")
+    run = begun.parent / "run"
+    before, after = (run / "checkpoints" / f"step_{step:08d}" for step in (2, 3))
+    assert read_state(after)["optimizer"] == {"kind": "muon", "step": 1}
+    key = "decoder.final_layernorm.weight"
+    with CheckpointReader(before) as old, CheckpointReader(after) as new:
+        change = (new.read(key, (0,), (32,)) - old.read(key, (0,), (32,))).abs()
+        names = {name.split(".")[1] for name in new.tensors() if name.startswith("optimizer.")}
+    assert change.median() == pytest.approx(rows(run, "train")[-1]["lr"], rel=1e-2)
+    assert names == {"exp_avg", "exp_avg_sq", "momentum"}
 
 
 def test_a_checkpoint_beyond_the_budget(pretrain: CommandProcess, begun: Path) -> None:

@@ -92,8 +92,10 @@ def check_routes(config: Config) -> list[str]:
             problems.append(f'{key} = "{rule}": optim.kind = "{config.optim.kind}" has the rules {known}; use one')
     for number, stage in enumerate(stages(config)):
         trained = [tensor for tensor in logical_tensors(stage.config.model) if tensor.trainable]
-        problems += _pattern_problems(trained, config.optim)
-        problems += _block_problems(trained, stage.config)
+        broken = _pattern_problems(trained, config.optim)
+        problems += broken
+        if not broken:
+            problems += _block_problems(trained, stage.config)
         if stage.growth:
             problems += _growth_problems(trained, config.optim, stage.growth, f"growth[{number - 1}]")
     return list(dict.fromkeys(problems))
