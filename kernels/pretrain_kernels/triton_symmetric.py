@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pretrain_kernels.triton_experts.products import multiply_add
+from pretrain_kernels.triton_experts.products import multiply_add, whole
 from pretrain_kernels.triton_support import Launch, Tile, interpreting
 
 # Square blocks. The small ones leave out more, and give a GPU enough programs, where matrices are small. Chosen for
@@ -25,6 +25,7 @@ def symmetric_kernel(
     ADD: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out = alpha a b^T + beta add: descriptors a, b [N, n, depth] read in [1, B, BK], pointers add, out [N, n, n]."""
+    n = whole(n, out)
     across = tl.cdiv(n, B)
     matrix = tl.program_id(0) // (across * across)
     block = tl.program_id(0) % (across * across)
@@ -80,7 +81,7 @@ def symmetric_product(
     """alpha a b^T + beta add of every matrix [n, k] in the stacks a and b, exactly symmetric. Sums are fp32.
 
     The caller vouches that the result is symmetric: a is b, or both are symmetric and commute; and add [N, n, n] is.
-    Only the upper triangle of `add` is read. Rows must be multiples of 16 bytes.
+    Only the upper triangle of `add` is read. n and k elements must be multiples of 16 bytes.
     """
     count, n, _ = a.shape
     if not (a.shape == b.shape and (add is None or add.shape == (count, n, n))):

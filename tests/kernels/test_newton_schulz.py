@@ -327,6 +327,7 @@ def test_broken_kernel_is_noticed(tmp_path):
         (torch.float16, 1024, True),
         (torch.float16, 1024, False),
         (torch.bfloat16, 1024, True),
+        (torch.float16, 1032, True),  # a multiple of 8, not of 16
     ],
 )
 def test_machine_code_has_tensor_cores_and_no_spills(dtype, side, adds):

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pretrain_kernels.triton_experts.products import whole
 from pretrain_kernels.triton_support import Launch
 
 WIDEST = 2048  # columns of a program: 16 values per thread and row at 4 warps, two 16-byte loads in bf16
@@ -15,6 +16,7 @@ WIDEST = 2048  # columns of a program: 16 values per thread and row at 4 warps, 
 @triton.jit
 def combine_kernel(rows, position, out, D, K: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = sum over k of rows[position[t, k]], summed in fp32."""
+    D = whole(D, out)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     needed = column < D

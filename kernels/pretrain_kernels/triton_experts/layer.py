@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain_kernels.grouped import taken_over
 from pretrain_kernels.triton_experts import steps
 from pretrain_kernels.triton_experts.routing import Route, route_grouped, route_tokens
 from pretrain_kernels.triton_experts.tiles import Tiles, choose_tiles
@@ -125,15 +126,7 @@ def _weight_gradient(
         left, right, out, route, trainable=trainable, accumulate=accumulate, gathered=gathered, tiles=tiles,
         run=Launch.run,
     )  # fmt: skip
-    return _added(weight) if accumulate else out
-
-
-def _added(weight: Tensor) -> Tensor | None:
-    """Tell megatron-core's data parallel hook that main_grad has the gradient; it wants some gradient to be there."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return taken_over(weight) if accumulate else out
 
 
 def _zero_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -142,7 +135,7 @@ def _zero_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [torch.zeros_like(dy)]
     for weight, needed in ((fc1, ctx.needs_input_grad[1]), (fc2, ctx.needs_input_grad[2])):
         if needed and ctx.accumulate:
-            gradients.append(_added(weight))
+            gradients.append(taken_over(weight))
         else:
             gradients.append(torch.zeros_like(weight) if needed else None)
     return (*gradients, torch.zeros_like(scores), *[None] * 6)

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN201, SIM102, SIM108 - Triton's arguments have no Python types, its branches are compiled
+# ruff: noqa: ANN001, ANN201, SIM102 - Triton's arguments have no Python types, its branches are compiled
 """The matrix kernels: up-projection with SwiGLU, row products (down-projection, dX), dH with dSwiGLU, and dW.
 
 A program owns one block of the output. Rows are tiled expert by expert (`Route.tile_expert`), so a block has one
@@ -21,6 +21,40 @@ def multiply_add(a, b, total, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def whole(width, pointer):
+    """`width`, of rows of whole 16 bytes: the compiler looks for multiples of 16 elements alone.
+
+    Without it, loads and stores at other widths would go one by one, with an address each: registers would spill.
+    """
+    UNIT: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    return width // UNIT * UNIT
+
+
+@triton.jit
+def tile_rows(tile, expert, tile_row, offsets, BM: tl.constexpr):
+    """(first row, all BM rows, which of them are the expert's) of a row tile."""
+    start = tl.load(tile_row + tile)
+    row = start + tl.arange(0, BM)
+    return start, row, row < tl.load(offsets + expert + 1)
+
+
+@triton.jit
+def token_pointers(rows, token, row, inside, width, BK: tl.constexpr):
+    """Pointers to the first BK columns of the tokens that `row` belongs to: token[r] of `rows` [T, width]."""
+    source = tl.load(token + row, mask=inside, other=0).to(tl.int64)
+    return rows + source[:, None] * width + tl.arange(0, BK)[None, :]
+
+
+@triton.jit
+def load_rows(rows, pointers, start, k, width, GATHER: tl.constexpr, BK: tl.constexpr):
+    """BK columns from k of a row tile: by `pointers` to its first columns if GATHER, else by the descriptor `rows`."""
+    if GATHER:
+        return tl.load(pointers + k, mask=(k + tl.arange(0, BK) < width)[None, :], other=0.0)
+    else:
+        return rows.load([start, k])
 
 
 @triton.jit
@@ -51,24 +85,17 @@ def up_kernel(
 
     x: pointer [T, D] if GATHER (row r reads token[r]), else descriptor [R, D]; fc1: descriptor [2E, F, D].
     """
+    D, F = whole(D, a), whole(F, a)
     tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    start = tl.load(tile_row + tile)
-    row = start + tl.arange(0, BM)
-    inside = row < tl.load(offsets + expert + 1)
-    depth = tl.arange(0, BK)
-    if GATHER:
-        source = tl.load(token + row, mask=inside, other=0).to(tl.int64)
-        pointers = x + source[:, None] * D + depth[None, :]
+    start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
+    pointers = token_pointers(x, token, row, inside, D, BK) if GATHER else None
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
     for k in range(0, D, BK):
-        if GATHER:
-            rows = tl.load(pointers + k, mask=(k + depth < D)[None, :], other=0.0)
-        else:
-            rows = x.load([start, k])
+        rows = load_rows(x, pointers, start, k, D, GATHER, BK)
         gate_weight = fc1.load([2 * expert, block * BN, k]).reshape(BN, BK)
         up_weight = fc1.load([2 * expert + 1, block * BN, k]).reshape(BN, BK)
         gate = multiply_add(rows, gate_weight.T, gate, UPCAST)
@@ -94,6 +121,7 @@ def rows_kernel(
 
     left and weight are descriptors.
     """
+    N = whole(N, out)
     tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(N, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
@@ -156,23 +184,16 @@ def dh_kernel(
     dy: pointer [T, D] if GATHER, else descriptor [R, D]; fc2: descriptor [E, D, F]; h: descriptor [R, 2F] of blocks of
     BN // 4 columns. The epilogue takes a quarter of the columns at a time: halves do not fit into the registers.
     """
+    D, F = whole(D, dh), whole(F, dh)
     tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
     expert = tl.load(tile_expert + tile)
     if expert < 0:
         return
-    start = tl.load(tile_row + tile)
-    row = start + tl.arange(0, BM)
-    inside = row < tl.load(offsets + expert + 1)
-    depth = tl.arange(0, BK)
-    if GATHER:
-        source = tl.load(token + row, mask=inside, other=0).to(tl.int64)
-        pointers = dy + source[:, None] * D + depth[None, :]
+    start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
+    pointers = token_pointers(dy, token, row, inside, D, BK) if GATHER else None
     total = tl.zeros([BM, BN], tl.float32)
     for k in range(0, D, BK):
-        if GATHER:
-            rows = tl.load(pointers + k, mask=(k + depth < D)[None, :], other=0.0)
-        else:
-            rows = dy.load([start, k])
+        rows = load_rows(dy, pointers, start, k, D, GATHER, BK)
         columns = fc2.load([expert, k, block * BN]).reshape(BK, BN)
         total = multiply_add(rows, columns, total, UPCAST)
     weight = tl.load(score + row, mask=inside, other=0.0)
@@ -214,6 +235,7 @@ def dw_kernel(
     left, right: descriptors [R, M] and [R, N], or None if gathered; *_rows: the same by pointer ([T, .] if gathered).
     trainable: pointer [E] or None; an expert that does not train counts as one without rows, whose gradient is zero.
     """
+    M, N = whole(M, left_rows), whole(N, right_rows)
     down, across = tl.cdiv(M, BM), tl.cdiv(N, BN)
     expert = tl.program_id(0) // (down * across)
     block_m, block_n = swizzle(tl.program_id(0) % (down * across), down, across, GROUP)
