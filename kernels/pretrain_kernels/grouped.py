@@ -72,6 +72,10 @@ class _GroupedMM(Products):
         return F.grouped_mm(dy.T, x, offs=_ends(rows_per_expert, x.device))
 
 
+# Pre-activations per block of the activation: on a CPU so many that a block stays in the cache (measured from 32 to 256
+# thousand: 45 % less time in bf16 and 20 % in fp32 than all rows at once), elsewhere as many as bound the memory.
+BLOCK = {"cpu": 1 << 18, "gpu": 1 << 26}
+
 LOOP = _Loop()
 GROUPED_MM = _GroupedMM()
 
@@ -112,8 +116,7 @@ class _Experts(torch.autograd.Function):
         h = products.rows(x, fc1.transpose(1, 2), rows_per_expert)
         ctx.save_for_backward(x, h, fc1, fc2, scores, rows_per_expert, trainable)
         ctx.products, ctx.accumulate_main_grad = products, accumulate_main_grad
-        gate, up = h.chunk(2, dim=-1)
-        return products.rows(_weighted(F.silu(gate) * up, scores), fc2.transpose(1, 2), rows_per_expert)
+        return products.rows(_swiglu(h, scores), fc2.transpose(1, 2), rows_per_expert)
 
     @staticmethod
     @once_differentiable
@@ -122,34 +125,57 @@ class _Experts(torch.autograd.Function):
         products = ctx.products
         wants_x, wants_fc1, wants_fc2, wants_scores = ctx.needs_input_grad[:4]
         dy = grads[0].contiguous()  # a sum's gradient has no memory of its own, which grouped_mm refuses
-        gate, up = h.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        active = silu * up
-        dx = dfc1 = dfc2 = dscores = None
-        if wants_fc2:
-            weighted = _weighted(active, scores)
-            dfc2 = products.weight_gradient(dy, weighted, rows_per_expert, trainable)
-            dfc2 = hand_over(fc2, dfc2, accumulate_main_grad=ctx.accumulate_main_grad)
+        active = dx = dfc1 = dfc2 = dscores = None
         if wants_x or wants_fc1 or wants_scores:
-            dweighted = products.rows(dy, fc2, rows_per_expert)
-            if wants_scores:
-                dscores = torch.linalg.vecdot(dweighted.to(scores.dtype), active.to(scores.dtype))
-            dactive = _weighted(dweighted, scores)
-            dh = torch.empty_like(h)
-            dgate, dup = dh.chunk(2, dim=-1)
-            torch.mul(dactive, silu, out=dup)
-            torch.ops.aten.silu_backward.grad_input(dactive * up, gate, grad_input=dgate)
+            dh, active, dscores = _swiglu_backward(products.rows(dy, fc2, rows_per_expert), h, scores)
             if wants_x:
                 dx = products.rows(dh, fc1, rows_per_expert)
             if wants_fc1:
                 dfc1 = products.weight_gradient(dh, x, rows_per_expert, trainable)
                 dfc1 = hand_over(fc1, dfc1, accumulate_main_grad=ctx.accumulate_main_grad)
+        if wants_fc2:
+            active = _swiglu(h, scores) if active is None else active
+            dfc2 = products.weight_gradient(dy, active, rows_per_expert, trainable)
+            dfc2 = hand_over(fc2, dfc2, accumulate_main_grad=ctx.accumulate_main_grad)
         return dx, dfc1, dfc2, dscores, None, None, None, None
 
 
-def _weighted(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Rows times their scores, multiplied in the scores' precision."""
-    return (rows * scores.unsqueeze(-1)).to(rows.dtype)
+def _swiglu(h: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """score silu(gate) up of pre-activations h [R, 2F], gate and up, and scores [R] -> [R, F]."""
+    out = h.new_empty(h.shape[0], h.shape[1] // 2)
+    for pre, score, result in zip(*_blocks(h, scores, out), strict=True):
+        gate, up = _widened(pre, scores).chunk(2, dim=-1)
+        result.copy_(F.silu(gate).mul_(up).mul_(score.unsqueeze(-1)))
+    return out
+
+
+def _swiglu_backward(
+    dy: torch.Tensor, h: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dh [R, 2F], what `_swiglu` gave [R, F], gradient of the scores [R]) from the gradient dy [R, F] of `_swiglu`."""
+    dh, out, dscores = torch.empty_like(h), torch.empty_like(dy), torch.empty_like(scores)
+    for pre, score, d, dpre, result, dscore in zip(*_blocks(h, scores, dy, dh, out, dscores), strict=True):
+        gate, up = _widened(pre, scores).chunk(2, dim=-1)
+        silu, wide, weight = F.silu(gate), _widened(d, scores), score.unsqueeze(-1)
+        active = silu * up
+        dscore.copy_(torch.linalg.vecdot(wide, active))
+        result.copy_(active.mul_(weight))
+        dactive = wide * weight
+        dgate, dup = dpre.chunk(2, dim=-1)
+        dup.copy_(silu.mul_(dactive))
+        dgate.copy_(torch.ops.aten.silu_backward(dactive.mul_(up), gate))
+    return dh, out, dscores
+
+
+def _blocks(h: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Tensors of R rows, cut into blocks of rows that are worked on one after the other."""
+    rows = max(1, BLOCK["cpu" if h.device.type == "cpu" else "gpu"] // h.shape[1])
+    return [tensor.split(rows) for tensor in (h, *others)]
+
+
+def _widened(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """`rows` in the data type of the arithmetic between the products: at least fp32, and the scores'."""
+    return rows.to(torch.promote_types(torch.promote_types(rows.dtype, scores.dtype), torch.float32))
 
 
 def hand_over(weight: torch.Tensor, gradient: torch.Tensor, *, accumulate_main_grad: bool) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ nothing depends on the order in which threads run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ class Order:
     """int64 [E]."""
 
 
+Move = Callable[[torch.Tensor, Order], torch.Tensor]
+
+
 def sort_by_expert(experts: torch.Tensor, num_experts: int) -> Order:
     """The order of the rows that `experts`, int [T, K] with entries from 0 to num_experts - 1, asks for."""
     sorted_experts, choice = experts.flatten().sort(stable=True)
@@ -35,12 +39,12 @@ def sort_by_expert(experts: torch.Tensor, num_experts: int) -> Order:
 
 def permute(x: torch.Tensor, order: Order) -> torch.Tensor:
     """Tokens [T, D] -> their rows [R, D], sorted by expert."""
-    return _Permute.apply(x, order)
+    return _Move.apply(x, order, _gather, unpermute)
 
 
 def unpermute(rows: torch.Tensor, order: Order) -> torch.Tensor:
     """Rows [R, D] -> each token's sum over its K rows [T, D], in at least fp32 and in the order of its choices."""
-    return _Unpermute.apply(rows, order)
+    return _Move.apply(rows, order, _sum, permute)
 
 
 def _gather(x: torch.Tensor, order: Order) -> torch.Tensor:
@@ -55,25 +59,14 @@ def _sum(rows: torch.Tensor, order: Order) -> torch.Tensor:
     return total.to(rows.dtype)
 
 
-class _Permute(torch.autograd.Function):
-    """autograd's own gradient of a gather adds atomically on a GPU."""
+class _Move(torch.autograd.Function):
+    """One of the pair, with the other as its gradient: autograd's own gradient of a gather adds atomically on a GPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, order: Order) -> torch.Tensor:
-        ctx.order = order
-        return _gather(x, order)
+    def forward(ctx: Any, rows: torch.Tensor, order: Order, move: Move, back: Move) -> torch.Tensor:
+        ctx.order, ctx.back = order, back
+        return move(rows, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return unpermute(grad, ctx.order), None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: Order) -> torch.Tensor:
-        ctx.order = order
-        return _sum(rows, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return permute(grad, ctx.order), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.back(grad, ctx.order), None, None, None

@@ -226,6 +226,19 @@ def test_repeats_bit_by_bit(backend: str) -> None:
     assert not same(random_layer().run(backend), random_layer(seed=1).run(backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_activation_do_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(dtype=dtype)
+    expected = layer.run("grouped_mm")
+    blocks: list[torch.Tensor] = []
+    widened = grouped._widened
+    monkeypatch.setattr(grouped, "_widened", lambda rows, scores: blocks.append(rows) or widened(rows, scores))
+    monkeypatch.setitem(grouped.BLOCK, "cpu", 0)  # row by row
+    assert same(layer.run("grouped_mm"), expected)
+    assert {len(rows) for rows in blocks} == {1}
+    assert len(blocks) == 3 * layer.routing.scores.numel()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores(backend: str) -> None:
     """The output is linear in them, they could as well weigh the output, and their gradient says so."""
