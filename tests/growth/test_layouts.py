@@ -112,6 +112,10 @@ CASES: dict[str, Config] = {
     "preserving, tied": case(PRESERVING, {"model.tie_embeddings": True}),
     # Enough layers for interleaved stages before it, too.
     "four layers": case({"experts": {"noise": 0.05}, "hidden": {}}, {"model.num_layers": 4}),
+    # States that are sums over an axis, of one number a matrix, or of blocks.
+    "adam_mini": case(EVERYTHING, {"optim.kind": "adam_mini"}),
+    "muonh bf16": case(EVERYTHING | {"optimizer_state": "copy"}, BF16 | {"optim.kind": "muonh"}),
+    "soap": case(EVERYTHING, {"optim.kind": "soap", "optim.soap": {"block_size": 2}}),
 }
 FIRST = "adamw fp32"
 # Those after which the model computes what it did.

@@ -61,6 +61,7 @@ CASES = {
     "adamw bf16 utility": Case(UTILITY, BF16, {}, {}),
     "TP2 to EP2": Case(MANY | {"parallel": {"tensor": 1, "expert": 2}}, BF16, {}, {"tensor": 2}),
     "PP2 utility": Case(UTILITY, {}, MUON, {"pipeline": 2}),
+    "adam_mini bf16": Case(MANY, BF16, {"kind": "adam_mini"}, {}),
 }
 FIRST = "adamw fp32"
 

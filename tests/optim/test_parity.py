@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
@@ -350,3 +351,25 @@ def test_hyperball_keeps_the_norm_of_every_matrix_for_a_thousand_steps(kind, inn
     assert sum(angles) / len(angles) == pytest.approx(0.02, rel=0.05)
     assert max(angles) <= math.asin(0.02) + 1e-6
     assert torch.stack([m.norm() for m in first[:4]]).std() > 1e-3, "a norm shared by experts would show"
+
+
+def test_hyperball_entries_have_the_rate_of_their_age():
+    """Each entry's step has its own rate; the norm that is restored is that of the whole matrix."""
+    half = np.repeat([0, 1], SHAPES[0][0] // 2)
+    (shard,) = whole_shards(MATRICES[:1])
+    config = config_of("adamh", hyperball={"lr": 0.1})
+    vectors = [half, np.zeros(SHAPES[0][1], dtype=np.int64)]
+    optimizer = ShardedOptimizer([shard], config, make_groups(Layout()), ages=lambda tensor: vectors)
+    before = shard.tensor.detach().double().clone()
+    ((grad,),) = gradients(MATRICES[:1], steps=1)
+    shard.tensor.grad = grad.clone()
+    optimizer.step(0.5, [2.0])
+    u = adam(before, grad.double(), {}, 1)
+
+    def stepped(rates: torch.Tensor) -> torch.Tensor:
+        moved = before - 0.1 * rates * before.norm() * u / u.norm()
+        return moved * before.norm() / moved.norm()
+
+    rates = torch.where(torch.from_numpy(half) == 1, 2.0, 0.5).double()[:, None]
+    assert relative(shard.tensor, stepped(rates)) < 1e-6
+    assert relative(shard.tensor, stepped(rates.flip(0))) > 1e-2
