@@ -177,13 +177,13 @@ def test_tensors_of_one_rate_share_a_pass(monkeypatch):
     monkeypatch.setattr(adam, "adamw_", count)
     trainable = sum(shard.logical.trainable for shard in make_shards(MOE, Layout()))
     train(ADAMW, ages=None, rates=lambda _: (1.0,), steps=1)
-    assert len(sizes) == 2, "with decay and without"
+    assert len(sizes) == 3, "with decay and without, and experts"
     assert sum(sizes) == trainable
 
     sizes.clear()
     train(ADAMW, ages=whole_layers, rates=three_rates, steps=1)
     assert sum(sizes) == trainable
-    assert len(sizes) == 4, "each of two rates with decay and without"
+    assert len(sizes) == 5, "each of two rates with decay and without, and the experts of one layer"
 
     sizes.clear()
     train(ADAMW, ages=grown_twice, rates=three_rates, steps=1)
