@@ -56,7 +56,8 @@ class Slot:
         weights = self.shard.view(self.master)
         for lr, parts in self.rates(lr_ratios).items():
             mine = [weights[part] for part in parts]
-            torch._foreach_mul_(mine, 1 - lr * self.route.weight_decay)
+            if self.route.weight_decay:
+                torch._foreach_mul_(mine, 1 - lr * self.route.weight_decay)
             torch._foreach_add_(mine, [update[part] for part in parts], alpha=-lr)
 
 
