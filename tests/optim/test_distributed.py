@@ -28,6 +28,7 @@ from tests.optim.build import (
     MOE,
     Layout,
     boxes,
+    config_of,
     full_value,
     grown_twice,
     here,
@@ -42,6 +43,8 @@ STEPS = 4
 CONFIGS = {
     "adamw": OptimConfig(lr=1e-2),
     "muon": OptimConfig(kind="muon", lr=1e-2, muon=MuonConfig(lr=2e-2), routes={"*.router.weight": "muon"}),
+    "cautious": config_of("cautious"),
+    "muonh": config_of("muonh"),
 }
 
 # Name: world, tensor, expert and expert tensor parallel size, optimizer, precision.

@@ -9,6 +9,8 @@ import torch
 
 from pretrain.config.optim import MuonConfig, OptimConfig
 from pretrain.errors import CheckpointError
+from pretrain.model.logical import LogicalTensor
+from pretrain.model.shards import Shard
 from pretrain.optim.routing import route
 from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.optim.states import split_state_key, state_key
@@ -183,6 +185,25 @@ def test_named_state_is_located_and_complete():
     numel = {kind: sum(s.tensor.numel() for s in shards if (s.logical.kind == "matrix") == kind) for kind in (0, 1)}
     bias = sum(s.tensor.numel() for s in shards if not s.logical.trainable)
     assert optimizer.state_bytes() == 4 * (3 * (numel[0] - bias) + 2 * numel[1])
+
+
+# Of a square hidden matrix in square blocks, as the table in the README has it: bytes per weight, masters aside.
+STATE_BYTES = {
+    **{"adamw": 8, "nadamw": 8, "cautious": 8, "sophia": 8, "mars": 12, "lion": 4, "adam_mini": 4 + 4 / 64},
+    **{"muon": 4, "scion": 4, "soap": 24, "kron": 12, "muonh": 4 + 4 / 4096, "adamh": 8 + 4 / 4096},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_of_the_state(kind):
+    matrix = LogicalTensor("m", ("ffn", "hidden"), (64, 64), "matrix", {}, fan_in=("hidden",))
+    for dtype, masters in ((torch.float32, 0), (torch.bfloat16, 4)):
+        weight = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+        config = config_of(kind, routes={})
+        optimizer = ShardedOptimizer(
+            [Shard(matrix, (0, 0), (64, 64), weight, (0, 0, 0))], config, make_groups(Layout())
+        )
+        assert optimizer.state_bytes() == weight.numel() * (STATE_BYTES[kind] + masters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
