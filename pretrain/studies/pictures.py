@@ -15,7 +15,7 @@ from pretrain.studies.results import Point
 from pretrain.studies.statistics import spread
 
 TITLES: Mapping[Family, str] = {
-    "width": "Experts twice as wide",
+    "width": "Residual stream and experts twice as wide",
     "depth": "Twice the layers",
     "experts": "Twice the experts, top-k doubled",
 }
@@ -85,6 +85,6 @@ def draw_curves(curves: Curves) -> Figure:
         label_x(ax, x)
         ax.set_xlim(left=0.95 * left)
     axes[0].set_ylabel("validation loss, nats per token")
-    title(axes[0], "Experts twice as wide from half of the steps on (mean over seeds; dashed: never grown)")
+    title(axes[0], "Twice as wide from half of the steps on (mean over seeds; dashed: never grown)")
     legend_below(figure, axes[0])
     return figure

@@ -214,8 +214,8 @@ def _row(study: Study, arm: Arm) -> list[str]:
 
 def _gap_closed(losses: Losses, arm: str) -> str:
     scratch = losses[from_scratch(arm_named(arm).family).name]
-    if difference(scratch, losses[SMALL]).mean <= 0:
-        return NONE  # The final size is no better than the small one: there is no gap to close.
+    if any(scratch[seed] >= loss for seed, loss in losses[SMALL].items()):
+        return NONE  # With some seed the final size is no better than the small one: there is no gap to close.
     return _percent(gap_closed(losses[SMALL], scratch, losses[arm]))
 
 
