@@ -310,8 +310,8 @@ def changed_keys(old: Config, new: Config) -> list[str]:
         return out
 
     before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
-    keys = [key for key in after if before.get(key) != after[key] and key != "run.directory"]
-    return [f"{key}: {before.get(key)} -> {after[key]}" for key in keys]
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "run.directory"]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
 
 
 def _recorder(config: Config, state: TrainState, clock: RunClock) -> Recorder:
