@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from pretrain.config.optim import SECTIONS, OptimConfig
 
-
 DEEPSEEK_V4_STEPS = 10
 """Newton-Schulz steps of that set: its last two are made to follow eight others."""
 
