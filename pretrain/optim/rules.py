@@ -22,8 +22,8 @@ from pretrain.optim.routing import Route
 # Entries of the weights that share temporary memory of a rule: enough to hide the launch of a batched operation, little
 # beside a model. A guess.
 BATCH_NUMEL = 1 << 24
-# The same on a CPU, which has no launch to hide and whose caches hold a few million numbers at the most: NAdamW and Lion
-# took 0.7 of the time of larger groups (2.5 million weights, one core).
+# The same on a CPU, which has no launch to hide and whose caches hold a few million numbers at the most: with groups of
+# this size NAdamW and Lion took 0.7 of the time (2.5 million weights, one core).
 CPU_BATCH_NUMEL = 1 << 20
 
 
