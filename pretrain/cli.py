@@ -208,6 +208,12 @@ def _study_growth(options: argparse.Namespace) -> int:
     return growth_study(seeds=options.seeds, out=options.out, jobs=options.jobs, quick=options.quick)
 
 
+def _study_optimizers(options: argparse.Namespace) -> int:
+    from pretrain.studies.optimizers.command import optimizer_study  # noqa: PLC0415
+
+    return optimizer_study(seeds=options.seeds, out=options.out, jobs=options.jobs, quick=options.quick)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain",
@@ -335,16 +341,19 @@ def _add_bench_command(commands: argparse._SubParsersAction) -> None:
         "Measure here: our training step beside megatron-core's and transformers', what a growth costs, the demo.",
         "pretrain bench growth --quick --json bench.json",
     )
-    bench.add_argument("part", nargs="?", choices=("step", "growth"), help="measure this alone (default: everything)")
-    bench.add_argument("--rounds", type=positive, help="timed rounds (default: 9 of steps, 3 of growth)")
-    bench.add_argument("--quick", action="store_true", help="the smaller model only, and no demo")
+    help_text = (
+        "measure this alone: a training step, a growth, or the updates of all optimizers (default: step, growth, demo)"
+    )
+    bench.add_argument("part", nargs="?", choices=("step", "growth", "optim"), help=help_text)
+    bench.add_argument("--rounds", type=positive, help="timed rounds (default: 9 of steps, 3 of growth, 5 of optim)")
+    bench.add_argument("--quick", action="store_true", help="a smaller model only, and no demo")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
 
 
 def _add_study_commands(commands: argparse._SubParsersAction) -> None:
     example = "pretrain study growth --seeds 3 --jobs 2"
     study = command(
-        commands, "study", None, "Put what this project claims to the test (half an hour).", example
+        commands, "study", None, "Put what this project claims to the test (half an hour to one).", example
     ).add_subparsers(required=True, metavar="COMMAND")
     growth = command(
         study,
@@ -353,9 +362,15 @@ def _add_study_commands(commands: argparse._SubParsersAction) -> None:
         "Train models that grow beside models that do not, and compare them. What is trained is not trained again.",
         example,
     )
-    growth.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
-    growth.add_argument(
-        "--out", type=Path, default=Path("runs/study-growth"), metavar="DIR", help="default: %(default)s"
+    optimizers = command(
+        study,
+        "optimizers",
+        _study_optimizers,
+        "Tune optimizers and compare them over data, size and seeds. What is trained is not trained again.",
+        "pretrain study optimizers --seeds 3 --jobs 2",
     )
-    growth.add_argument("--jobs", type=positive, default=2, help="runs at once, a core each (default: %(default)s)")
-    growth.add_argument("--quick", action="store_true", help="few steps: shows that all works, compares nothing")
+    for sub, out in ((growth, "runs/study-growth"), (optimizers, "runs/study-optimizers")):
+        sub.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
+        sub.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
+        sub.add_argument("--jobs", type=positive, default=2, help="runs at once, a core each (default: %(default)s)")
+        sub.add_argument("--quick", action="store_true", help="few steps: shows that all works, compares nothing")

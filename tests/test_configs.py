@@ -14,7 +14,7 @@ from pretrain.plan import format_plan, make_plan, quantity
 from pretrain.tuning.sweep_file import load_sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SWEEPS = [CONFIGS / "sweeps" / "dense.toml"]
+SWEEPS = [CONFIGS / "sweeps" / "dense.toml", CONFIGS / "studies" / "optimizers.toml"]
 FILES = sorted(set(CONFIGS.rglob("*.toml")) - set(SWEEPS))
 
 
@@ -49,6 +49,7 @@ def test_says_what_it_is_and_how_to_run_it(path):
 def test_the_folder_is_complete():
     wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
     wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
+    wanted |= {f"studies/optimizers-{name}.toml" for name in ("run", "moe", "moe-router")}
     shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
 
