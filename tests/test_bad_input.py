@@ -136,7 +136,7 @@ OPTIM_PROBLEMS = [
     ),
     (
         "{kind='muon', muon={newton_schulz_coefficients='deepseek_v4'}}",
-        'optim.muon.newton_schulz_steps = 5: newton_schulz_coefficients = "deepseek_v4" needs 10 or more; raise it, or ',
+        'optim.muon.newton_schulz_steps = 5: newton_schulz_coefficients = "deepseek_v4" needs 10 or more; raise',
     ),
     ("{kind='lion', eps=1e-8}", 'optim.eps = 1e-08: optim.kind = "lion" does not read it; leave it out'),
     ("{kind='muonh', muon={lr=0.02}}", 'optim.muon.lr = 0.02: optim.kind = "muonh" does not read it; leave it out'),

@@ -144,8 +144,8 @@ class GrowthConfig(Section):
     optimizer_state: Literal["asymmetric", "reset", "copy", "exact"] = "asymmetric"
     """asymmetric: old entries keep their state, new ones start at zero; reset: all start at zero, the step count too;
     copy: new entries get their source's; exact: as copy, scaled such that experts duplicated without noise, with
-    top_k = "double", train exactly as before (while no gradient is clipped, without router.z_loss, and no matrix rule on
-    the router; not for Sophia and Kron)."""
+    top_k = "double", train exactly as before (while no gradient is clipped, without router.z_loss and any matrix rule
+    on the router; not for Sophia and Kron)."""
     rewarm: RewarmConfig | None = None
     parallel: ParallelChange | None = None
     """The layout from here on."""

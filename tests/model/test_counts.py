@@ -1,6 +1,5 @@
 """Counts against published figures, formulas written out by hand, and what autograd and the optimizer really keep."""
 
-
 from pretrain.config.rules import Layout
 from pretrain.config.schema import ModelConfig
 from pretrain.model.counts import (
