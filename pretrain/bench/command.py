@@ -1,4 +1,5 @@
-"""`pretrain bench`: measure every workload in every precision, then what a growth costs, then the demonstration."""
+"""`pretrain bench`: measure every workload in every precision, then what a growth costs, then the demonstration; or
+what updates cost, which is not among these."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 
-from pretrain.bench import growth_report, report, variants
+from pretrain.bench import growth_report, optim_report, report, variants
 from pretrain.bench.demo import CONFIG_FILE, DemoSpeed, demo_speed
 from pretrain.bench.growth import GrowthResult, growth_workload, measure_growth
 from pretrain.bench.measure import Result, Timings, take_turns
+from pretrain.bench.optim import OptimResult, measure_optim, optim_workload
+from pretrain.bench.optim_peers import LIBRARY, has_library
 from pretrain.bench.stand_ins import optimizer_on_cpu
 from pretrain.bench.workloads import Precision, Workload, run_config, workloads_for, write_tokens
 from pretrain.config.schema import Config, ParallelConfig
@@ -31,39 +34,42 @@ from pretrain.parallel.mesh import Mesh, Meshes, destroy_mesh, mesh_of
 from pretrain.platform import distributed
 from pretrain.run import open_data
 
-Part = Literal["step", "growth"]
+Part = Literal["step", "growth", "optim"]
 
 WARMUP = 3
-STEP_ROUNDS, GROWTH_ROUNDS = 9, 3
+STEP_ROUNDS, GROWTH_ROUNDS, OPTIM_ROUNDS = 9, 3, 5
 # Losses of the first step, from the same weights, may differ by rounding: in fp32 that of sums over a vocabulary; in
 # bf16 that of activations, 2^-9 each.
 LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
 
 
 def bench(part: Part | None = None, *, rounds: int | None, quick: bool, json_file: Path | None = None) -> int:
-    """Measure one part or all, print the tables, write the JSON; returns the exit code.
+    """Measure one part, or steps, growth and the demo; print the tables, write the JSON; returns the exit code.
 
-    rounds: of each part; None: STEP_ROUNDS and GROWTH_ROUNDS.
+    rounds: of each part; None: STEP_ROUNDS, GROWTH_ROUNDS and OPTIM_ROUNDS.
     """
     _check(part, json_file)
     results: list[Result] = []
     growths: list[GrowthResult] = []
+    optimizers: list[OptimResult] = []
     with distributed.joined() as device:
         if device.type == "cpu":
             # Its CPU time is then the work done, whoever else is on the machine.
             torch.set_num_threads(1)
         machine = report.machine(device)
         _say(report.describe(machine))
-        if part != "growth":
+        if part in (None, "step"):
             results = _bench_steps(device, rounds=rounds or STEP_ROUNDS, quick=quick)
-        if part != "step":
+        if part in (None, "growth"):
             growths = _bench_growth(device, rounds=rounds or GROWTH_ROUNDS, quick=quick)
+        if part == "optim":
+            optimizers = _bench_optim(device, rounds=rounds or OPTIM_ROUNDS, quick=quick)
         is_main = dist.get_rank() == 0
-    demo = demo_speed() if part != "growth" and not quick and CONFIG_FILE.exists() else None
+    demo = demo_speed() if part in (None, "step") and not quick and CONFIG_FILE.exists() else None
     if demo:
         print(f"\n{report.demo_line(demo)}")
     if json_file and is_main:
-        json_file.write_text(json.dumps(_as_json(machine, results, growths, demo), indent=2) + "\n")
+        json_file.write_text(json.dumps(_as_json(machine, results, growths, optimizers, demo), indent=2) + "\n")
     return 0
 
 
@@ -108,6 +114,19 @@ def _bench_growth(device: torch.device, *, rounds: int, quick: bool) -> list[Gro
         destroy_mesh()
     _say(f"\n{growth_report.table(workload, results, processes=dist.get_world_size())}")
     _say(f"\n{growth_report.verdict(results)}")
+    return results
+
+
+def _bench_optim(device: torch.device, *, rounds: int, quick: bool) -> list[OptimResult]:
+    """The update of every kind of optimizer beside its peers."""
+    if not has_library():
+        _say(f"{LIBRARY} is not installed, so not compared with: pip install {LIBRARY}")
+    workload = optim_workload(device, quick=quick)
+    with mesh_of(ParallelConfig(), device) as mesh:
+        results = measure_optim(workload, mesh, rounds=rounds)
+    clock = "wall" if device.type == "cuda" else "cpu"
+    _say(f"\n{optim_report.table(workload, results, clock=clock)}")
+    _say(f"\n{optim_report.verdict(results, clock=clock)}")
     return results
 
 
@@ -161,7 +180,11 @@ def check_equal_work(losses: Mapping[str, Sequence[float]], precision: Precision
 
 
 def _as_json(
-    machine: dict[str, str], results: Sequence[Result], growths: Sequence[GrowthResult], demo: DemoSpeed | None
+    machine: dict[str, str],
+    results: Sequence[Result],
+    growths: Sequence[GrowthResult],
+    optimizers: Sequence[OptimResult],
+    demo: DemoSpeed | None,
 ) -> dict[str, object]:
     """Everything measured, for programs: every loss and the seconds of every round."""
     return {
@@ -177,5 +200,6 @@ def _as_json(
             for result in results
         ],
         "growth": [asdict(growth) for growth in growths],
+        "optim": [asdict(optimizer) for optimizer in optimizers],
         "demo": asdict(demo) if demo else None,
     }

@@ -9,13 +9,12 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from pretrain.bench.variants import Step
 from pretrain.bench.workloads import Precision, Workload
 
 
@@ -52,7 +51,9 @@ class Result:
     """By name of the variant."""
 
 
-def take_turns(steps: Mapping[str, Step], *, rounds: int, device: torch.device) -> dict[str, list[Seconds]]:
+def take_turns(
+    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> dict[str, list[Seconds]]:
     """Time `rounds` steps of each, all of them once a round."""
     names = list(steps)
     taken: dict[str, list[Seconds]] = {name: [] for name in names}
@@ -64,7 +65,7 @@ def take_turns(steps: Mapping[str, Step], *, rounds: int, device: torch.device) 
     return taken
 
 
-def _time(step: Step, device: torch.device) -> Seconds:
+def _time(step: Callable[[], object], device: torch.device) -> Seconds:
     wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     step()
