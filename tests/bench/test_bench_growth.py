@@ -20,6 +20,7 @@ from pretrain.bench.rates import Rates
 from pretrain.bench.workloads import SMALL
 from pretrain.cli import main
 from pretrain.config.growth import GrowthConfig
+from pretrain.config.optim import OptimConfig
 from pretrain.config.stages import grown_model
 from pretrain.errors import UserError
 from pretrain.growth.maps import GrowthPoint
@@ -80,7 +81,7 @@ def moved(growth: GrowthConfig, *, held: float = 1.0) -> tuple[Moved, int, int]:
         for m in (before, after)
     )
     some = old[: round(held * len(old))]
-    found = moved_bytes(GrowthPoint(1, growth, before, after), some, new)
+    found = moved_bytes(GrowthPoint(1, growth, before, after), some, new, OptimConfig())
     return found, count_parameters(before).total, count_parameters(after).total
 
 
