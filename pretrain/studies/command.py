@@ -96,7 +96,7 @@ def gather(base: Config, configs: dict[int, dict[str, Config]], *, sweep: Sweep,
             num_samples=sequences,
         ),
         command=command,
-        machine=_machine(first[SMALL]),
+        machine=machine(first[SMALL]),
     )
 
 
@@ -116,7 +116,7 @@ def _source(configs: dict[str, Config], arm: Arm) -> Config | None:
     return configs[SMALL] if arm.grows else None
 
 
-def _machine(config: Config) -> dict[str, str]:
+def machine(config: Config) -> dict[str, str]:
     """Where a run was trained, by its own account."""
     start: dict[str, Any] = json.loads((config.run.directory / MANIFEST_FILE).read_text())["starts"][-1]
     versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())

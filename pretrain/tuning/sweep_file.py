@@ -42,17 +42,22 @@ from pretrain.tuning.descent import Settings, neighbours, settings_of
 WARMUP = "schedule.warmup_steps"
 OWN_KEYS = ("run.directory", "run.seed")
 """Set by the sweep itself."""
+TABLES = ("optim.routes",)
+"""Keys whose value is a table."""
 
 
 def _flat(value: Any) -> Any:
     """Nested tables as one table of dotted keys; anything else as it is."""
-    if not isinstance(value, dict):
-        return value
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        inner = _flat(entry)
-        flat |= {f"{key}.{rest}": leaf for rest, leaf in inner.items()} if isinstance(inner, dict) else {key: inner}
-    return flat
+    return dict(_leaves(value, "")) if isinstance(value, dict) else value
+
+
+def _leaves(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, entry in table.items():
+        key = prefix + name
+        if isinstance(entry, dict) and key not in TABLES:
+            yield from _leaves(entry, f"{key}.")
+        else:
+            yield key, entry
 
 
 def _scalar(value: Any) -> Any:
@@ -184,7 +189,7 @@ def load_sweep(path: Path) -> Sweep:
 def _toml(value: Any) -> str:
     """A value as TOML on one line."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

@@ -70,6 +70,20 @@ def test_keys_may_be_dotted_quoted_or_nested(tmp_path: Path, corpus: Path) -> No
     assert found[0].optimizer["a"].grid == {LR: [1e-3], DECAY: [0]}
 
 
+def test_a_key_that_is_a_table_stays_one(tmp_path: Path, corpus: Path) -> None:
+    file = write_sweep(tmp_path, corpus)
+    head = file.read_text().partition("cell =")[0]
+    keys = """
+        start.optim.lr = 1e-3
+        grid.optim.lr = [1e-3]
+        set.optim = { kind = "muon", routes = { "*.router.weight" = "muon" } }
+    """
+    file.write_text(f'{head}[[cell]]\nname = "one"\nphase = 1\n[optimizer.a]\n{keys}\n')
+    sweep = load_sweep(file)
+    config = sweep.run_config("a", "one", settings_of({LR: 1e-3}))
+    assert config.optim.routes == {"*.router.weight": "muon"}
+
+
 def test_a_warmup_longer_than_the_run_is_left_out_and_no_problem(tmp_path: Path, corpus: Path) -> None:
     sweep = load_sweep(write_sweep(tmp_path, corpus, optimizer=with_grid(schedule__warmup_steps=[0, 5, 10, 400])))
     values = ADAMW["start"]

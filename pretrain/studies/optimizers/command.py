@@ -11,7 +11,7 @@ from pathlib import Path
 from pretrain.demo import prepare_corpus
 from pretrain.run_directory import locked, write_atomically
 from pretrain.signals import DONE, REQUEUE, graceful_stop
-from pretrain.studies.command import _machine
+from pretrain.studies.command import machine
 from pretrain.studies.optimizers.cases import FIRST, START, Study
 from pretrain.studies.optimizers.pictures import draw_flip, draw_losses
 from pretrain.studies.optimizers.protocol import Lab, compare, joined, load_study, measure_noise, with_thresholds
@@ -89,7 +89,7 @@ def conduct(sweep: Sweep, lab: Lab, *, seeds: Sequence[int], quick: bool, comman
         runs=len(lab.ledger.rows),
         core_seconds=math.fsum(row.seconds for row in lab.ledger.rows.values()),
         command=command,
-        machine=_machine(config),
+        machine=machine(config),
     )
 
 
