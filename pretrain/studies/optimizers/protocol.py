@@ -55,10 +55,12 @@ TUNING_SEED = 0
 UNDERTUNED_RATE = 6e-4
 """GPT-3's for its smallest model, which arXiv 2509.02046 finds in many a baseline (there 8e-3 is the best)."""
 DECAY = "optim.weight_decay"
-MOE_FILES = {"adamw": "optimizers-moe.toml", "muon": "optimizers-moe.toml", MUON_ROUTER: "optimizers-moe-router.toml"}
-"""Configurations of the mixture of experts by optimizer, beside the study's file."""
+MOE_FILE = "optimizers-moe.toml"
+"""Configuration of the mixture of experts, beside the study's file."""
 MOE_TUNED_AS = {"adamw": "adamw", "muon": "muon", MUON_ROUTER: "muon"}
-"""Whose hyperparameters of the first cell they start from."""
+"""Whose hyperparameters of the first cell the optimizers of the mixture of experts start from."""
+MOE_ROUTES = {MUON_ROUTER: {"*.router.weight": "muon"}}
+"""Tensors that they route otherwise than the kind does."""
 QUICK_SHRINK, QUICK_WARMUP = 20, 2
 """--quick: times fewer steps, and steps of warm-up."""
 
@@ -214,11 +216,13 @@ def moe_sweep(dense: Sweep, arm: str, *, quick: bool) -> Sweep:
     """The mixture of experts as a sweep of one cell and one optimizer, with the directory and seeds of `dense`."""
     first = dense.written.cell[0]
     keys = ("budget.tokens", "eval.every_steps", "eval.batches") if quick else ()
+    tuned_as = dense.written.optimizer[MOE_TUNED_AS[arm]]
+    routes = {"optim.routes": MOE_ROUTES[arm]} if arm in MOE_ROUTES else {}
     return _with(
         dense,
-        config=Path(MOE_FILES[arm]),
+        config=Path(MOE_FILE),
         cell=(CellConfig(name=MOE, phase=1, set={key: first.set[key] for key in keys}),),
-        optimizer={arm: dense.written.optimizer[MOE_TUNED_AS[arm]]},
+        optimizer={arm: tuned_as.model_copy(update={"set": tuned_as.set | routes})},
     )
 
 
