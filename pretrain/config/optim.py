@@ -28,22 +28,7 @@ Kind = Literal[
     "muonh",
     "adamh",
 ]
-RuleName = Literal[
-    "adamw",
-    "nadamw",
-    "mars",
-    "cautious",
-    "lion",
-    "adam_mini",
-    "sophia",
-    "muon",
-    "scion",
-    "signum",
-    "kron",
-    "soap",
-    "muonh",
-    "adamh",
-]
+RuleName = Literal[Kind, "signum"]
 """How one tensor is updated; an optimizer uses one or several."""
 
 

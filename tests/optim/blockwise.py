@@ -103,3 +103,24 @@ def resumed_difference(config: OptimConfig, *, forget: str = "") -> float:
     run(*second, range(3, 6))
     pairs = zip(second[0], whole[0], strict=True)
     return max(float((new.tensor - old.tensor).abs().max()) for new, old in pairs)
+
+
+def check_experts_grew(source: Any, model: Any, names: Sequence[str], policy: str) -> None:
+    """Of the states `names` of experts that doubled, what is old and what is new is as the policy says."""
+    for name in names:
+        old, new = (m.tensors[f"optimizer.{name}.{EXPERTS}"] for m in (source, model))
+        assert old.flatten(1).any(1).all()
+        first, second = new.chunk(2)
+        assert torch.equal(first, torch.zeros_like(old) if policy == "reset" else old)
+        assert torch.equal(second, old if policy == "copy" else torch.zeros_like(old))
+
+
+def check_width_grew(source: Any, model: Any, names: Sequence[str], key: str) -> None:
+    """Of the states `names` of a fused attention weight whose input doubled, old blocks are kept, new ones zero."""
+    for name in names:
+        # [groups, slots, head_dim blocks, hidden blocks, row, column]; the copies lie behind the old channels.
+        old, new = (m.tensors[f"optimizer.{name}.{key}"] for m in (source, model))
+        kept, fresh = new.chunk(2, dim=3)
+        assert torch.equal(kept, old)
+        assert old.any()
+        assert not fresh.any()

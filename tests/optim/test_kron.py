@@ -17,7 +17,16 @@ from pretrain.optim.blocks import Blocks
 from pretrain.optim.kron import Kron, Updates, balanced, moved_factors, probes
 from pretrain.optim.rules import Slot
 from tests.helpers.growth import TINY, Model, grow, mesh_of_one, new_model
-from tests.optim.blockwise import EXPERTS, layout_differences, matrix, resumed_difference, slot_of, step_of
+from tests.optim.blockwise import (
+    EXPERTS,
+    check_experts_grew,
+    check_width_grew,
+    layout_differences,
+    matrix,
+    resumed_difference,
+    slot_of,
+    step_of,
+)
 from tests.optim.build import Layout, full_value, make_shard
 
 CPU = torch.device("cpu")
@@ -301,12 +310,7 @@ FACTORS = ("factor_left", "factor_right")
 @pytest.mark.parametrize("policy", ["asymmetric", "copy", "reset"])
 def test_growth_of_experts(policy, grown):
     source, model = grown(16, experts={"noise": 0.01}, optimizer_state=policy)
-    for name in FACTORS:
-        old, new = (m.tensors[f"optimizer.{name}.{EXPERTS}"] for m in (source, model))
-        assert old.flatten(1).any(1).all()
-        first, second = new.chunk(2)
-        assert torch.equal(first, torch.zeros_like(old) if policy == "reset" else old)
-        assert torch.equal(second, old if policy == "copy" else torch.zeros_like(old))
+    check_experts_grew(source, model, FACTORS, policy)
     before = model.tensors[f"optimizer.factor_left.{EXPERTS}"].clone()
     weight = model.tensors[EXPERTS].clone()
     model.train(1, first=3)
@@ -322,13 +326,7 @@ def test_growth_of_experts(policy, grown):
 def test_growth_of_the_width(grown):
     key = "decoder.layers.0.self_attention.linear_qkv.weight"
     source, model = grown(16, hidden={}, optimizer_state="asymmetric")
-    for name in FACTORS:
-        # [groups, slots, head_dim blocks, hidden blocks, row, column]; the copies lie behind the old channels.
-        old, new = (m.tensors[f"optimizer.{name}.{key}"] for m in (source, model))
-        kept, fresh = new.chunk(2, dim=3)
-        assert torch.equal(kept, old)
-        assert old.any()
-        assert not fresh.any()
+    check_width_grew(source, model, FACTORS, key)
     # A block of all 32 channels becomes one of 64: factors start anew, momentum is kept.
     source, model = grown(64, hidden={}, optimizer_state="asymmetric")
     assert source.tensors[f"optimizer.factor_right.{key}"].shape[-1] == 32

@@ -21,6 +21,8 @@ from pretrain.optim.states import block_axes, states_of
 from tests.helpers.growth import TINY, Model, grow, mesh_of_one, new_model
 from tests.optim.blockwise import (
     EXPERTS,
+    check_experts_grew,
+    check_width_grew,
     layout_differences,
     matrices,
     matrix,
@@ -288,12 +290,7 @@ BLOCKED = ("exp_avg_sq", "gram_left", "gram_right", "basis_left", "basis_right")
 @pytest.mark.parametrize("policy", ["asymmetric", "copy", "reset"])
 def test_growth_of_experts(policy, grown):
     source, model = grown(16, experts={"noise": 0.01}, optimizer_state=policy)
-    for name in BLOCKED:
-        old, new = (m.tensors[f"optimizer.{name}.{EXPERTS}"] for m in (source, model))
-        assert old.flatten(1).any(1).all()
-        first, second = new.chunk(2)
-        assert torch.equal(first, torch.zeros_like(old) if policy == "reset" else old)
-        assert torch.equal(second, old if policy == "copy" else torch.zeros_like(old))
+    check_experts_grew(source, model, BLOCKED, policy)
     before = {key: value.clone() for key, value in model.tensors.items()}
     model.train(1, first=3)
     basis, weight = (model.tensors[prefix + EXPERTS] for prefix in ("optimizer.basis_left.", ""))
@@ -308,13 +305,7 @@ def test_growth_of_experts(policy, grown):
 def test_growth_of_the_width(grown):
     key = "decoder.layers.0.self_attention.linear_qkv.weight"
     source, model = grown(16, hidden={}, optimizer_state="asymmetric")
-    for name in BLOCKED:
-        # [groups, slots, head_dim blocks, hidden blocks, row, column]; the copies lie behind the old channels.
-        old, new = (m.tensors[f"optimizer.{name}.{key}"] for m in (source, model))
-        kept, fresh = new.chunk(2, dim=3)
-        assert torch.equal(kept, old)
-        assert old.any()
-        assert not fresh.any()
+    check_width_grew(source, model, BLOCKED, key)
     # A block of all 32 channels becomes one of 64: nothing is left of its preconditioners, only the average.
     source, model = grown(64, hidden={}, optimizer_state="asymmetric")
     assert source.tensors[f"optimizer.basis_right.{key}"].shape[-1] == 32
