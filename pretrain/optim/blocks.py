@@ -83,6 +83,7 @@ class BlockRule(DirectionRule):
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
+        self._known: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Blocks] = {}
 
     @abstractmethod
     def block_directions(
@@ -99,15 +100,22 @@ class BlockRule(DirectionRule):
 
     def flops(self, shard: Shard) -> int:
         """Operations of one update of all blocks of a shard."""
-        blocks = Blocks(shard, self._largest)
+        blocks = self._blocks_of(shard)
         return int(blocks.count * self.block_flops(blocks.rows, blocks.columns))
+
+    def _blocks_of(self, shard: Shard) -> Blocks:
+        """The blocks of a shard; they and their numbers are found once, not every step."""
+        box = (shard.key, shard.offset, shard.shape)
+        if box not in self._known:
+            self._known[box] = Blocks(shard, self._largest)
+        return self._known[box]
 
     def directions(
         self, slots: Sequence[Slot], grads: Sequence[torch.Tensor], *, step: int
     ) -> Iterator[tuple[Slot, torch.Tensor]]:
         """Directions of all slots, a batch of blocks at a time."""
         for slot, grad in zip(slots, grads, strict=True):
-            blocks = Blocks(slot.shard, self._largest)
+            blocks = self._blocks_of(slot.shard)
             average = slot.shard.view(slot.state["exp_avg"])
             state = {name: value.view(-1, *value.shape[-2:]) for name, value in slot.state.items() if name != "exp_avg"}
             state["exp_avg"] = blocks.cut(average)

@@ -96,6 +96,7 @@ class ShardedOptimizer:
             self._share_out(is_expert=True, group=groups.expt_dp, tensor_group=groups.expt_tp),
         ]
         self._slots = [self._slot(shard) for family in self._families for shard in family.owned()]
+        self._by_rule = list(self._group_by_rule())
         self._steps = 0
 
     @torch.no_grad()
@@ -114,13 +115,13 @@ class ShardedOptimizer:
         self._steps += 1
         corrects = any(rule.corrects for rule in self._rules.values())
         if corrects:
-            for rule, mine in self._by_rule():
+            for rule, mine in self._by_rule:
                 slots = [self._slots[i] for i in mine]
                 corrected = rule.corrected(slots, [grads[i] for i in mine], step=self._steps)
                 for i, grad in zip(mine, corrected, strict=True):
                     grads[i] = grad
         clipped = clip_(grads, self._norm(grads) if corrects else norm, self._config.clip_grad)
-        for rule, mine in self._by_rule():
+        for rule, mine in self._by_rule:
             slots = [self._slots[i] for i in mine]
             rule.update(slots, [grads[i] for i in mine], lr_ratios=lr_ratios, step=self._steps)
         self._publish()
@@ -222,7 +223,7 @@ class ShardedOptimizer:
             dist.all_reduce(counts)
         return int(counts[0]) / int(counts[1])
 
-    def _by_rule(self) -> Iterator[tuple[Rule, list[int]]]:
+    def _group_by_rule(self) -> Iterator[tuple[Rule, list[int]]]:
         """Every rule that has tensors here, with the places of its slots; dense weights and experts apart.
 
         Ranks that hold parts of the same dense weights may own different experts: with both in one list, they would

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pretrain.optim.routing import route
 from pretrain.optim.rules import Slot
 from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.optim.states import states_of
+from tests.helpers.growth import TINY, Model, grow, mesh_of_one, new_model
 from tests.optim.build import MOE, Layout, full_value, make_groups, make_shard, part_of
 
 EXPERTS = "decoder.layers.1.mlp.experts.linear_fc1.weight"
@@ -124,3 +126,18 @@ def check_width_grew(source: Any, model: Any, names: Sequence[str], key: str) ->
         assert torch.equal(kept, old)
         assert old.any()
         assert not fresh.any()
+
+
+@contextmanager
+def growing(changes_of: Callable[[int], dict[str, Any]]) -> Iterator[Callable[..., tuple[Model, Model]]]:
+    """(source, grown) by block size and keys of the growth, for the time of a `with` block; sources are built once, by
+    the changes of configuration for a block size, and stay as they are."""
+    sources: dict[int, Model] = {}
+    with mesh_of_one() as mesh:
+
+        def of(block_size: int, **keys: object) -> tuple[Model, Model]:
+            if block_size not in sources:
+                sources[block_size] = new_model(mesh, TINY, changes_of(block_size), steps=3)
+            return sources[block_size], grow(sources[block_size], **keys)
+
+        yield of

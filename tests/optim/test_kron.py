@@ -16,11 +16,12 @@ from pretrain.optim import kron
 from pretrain.optim.blocks import Blocks
 from pretrain.optim.kron import Kron, Updates, balanced, moved_factors, probes
 from pretrain.optim.rules import Slot
-from tests.helpers.growth import TINY, Model, grow, mesh_of_one, new_model
+from tests.helpers.growth import Model
 from tests.optim.blockwise import (
     EXPERTS,
     check_experts_grew,
     check_width_grew,
+    growing,
     layout_differences,
     matrix,
     resumed_difference,
@@ -290,17 +291,11 @@ def test_cost_is_that_of_the_blocks():
 
 @pytest.fixture(scope="module")
 def grown() -> Iterator[Callable[..., tuple[Model, Model]]]:
-    """(source, grown) by block size and keys of the growth; sources are built once and stay as they are."""
-    sources: dict[int, Model] = {}
-    with mesh_of_one() as mesh:
+    def changes(block_size: int) -> dict[str, object]:
+        kron_keys = {"block_size": block_size, "full_steps": 3, "update_share": 0.01}
+        return {"optim.kind": "kron", "optim.kron": kron_keys, "optim.weight_decay": 0.0}
 
-        def of(block_size: int, **keys: object) -> tuple[Model, Model]:
-            if block_size not in sources:
-                kron_keys = {"block_size": block_size, "full_steps": 3, "update_share": 0.01}
-                changes = {"optim.kind": "kron", "optim.kron": kron_keys, "optim.weight_decay": 0.0}
-                sources[block_size] = new_model(mesh, TINY, changes, steps=3)
-            return sources[block_size], grow(sources[block_size], **keys)
-
+    with growing(changes) as of:
         yield of
 
 
