@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, verify_checkpoint, write_checkpoint
 from pretrain.checkpoint.steps import list_moments
-from pretrain.config.load import dump_config, load_config
+from pretrain.config.load import changed_keys, dump_config, load_config
 from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
 from pretrain.config.stages import growth_step, stages
@@ -24,7 +24,7 @@ from pretrain.growth.values import Part, measure
 from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
-from pretrain.run import TrainState, changed_keys
+from pretrain.run import TrainState
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
 # Entries of a box that is made and written as one.
