@@ -1,0 +1,1 @@
+"""Several sites that train one model together."""
