@@ -293,7 +293,8 @@ class Sites:
 
     def _after_round(self, round_: Round, roles: Roles) -> dict[str, Any]:
         """Count the round, check it, merge experts and hand over those of absent sites; returns what to note."""
-        state, figures = self.state, {}
+        state = self.state
+        figures: dict[str, Any] = {}
         if roles.averaging:
             state.decentral = {**state.decentral, "round": state.decentral["round"] + 1, "round_step": state.step}
             figures |= self._check(round_, roles)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
+
 from pretrain.decentral.transport import Round
 
 
@@ -13,7 +14,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Hash of the bytes of contiguous tensors, in order: uint8 [32] on the host."""
     found = hashlib.blake2b(digest_size=32)
     for tensor in tensors:
-        found.update(tensor.detach().view(-1).view(torch.uint8).cpu().numpy())
+        found.update(tensor.detach().view(-1).view(torch.uint8).cpu().numpy().data)
     return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
 
 

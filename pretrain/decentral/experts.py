@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pretrain.decentral.transport import Round
 from torch.distributed import ProcessGroup
 
 from pretrain.decentral.sending import from_publishers
+from pretrain.decentral.transport import Round
 from pretrain.model.shards import Shard
 from pretrain.optim.exchange import spread
 
@@ -77,7 +77,7 @@ def stage_experts(
 @torch.no_grad()
 def take_experts(
     items: Sequence[Item],
-    staged: dict[tuple[str, int], torch.Tensor],
+    staged: Mapping[tuple[str, int], torch.Tensor],
     received: Callable[[Item], bool],
     *,
     group: ProcessGroup,

@@ -11,9 +11,9 @@ from dataclasses import replace
 from threading import Thread
 
 import torch
-from pretrain.decentral.transport import Round, RoundError
 
 from pretrain.decentral.experts import Item, stage_experts
+from pretrain.decentral.transport import Round, RoundError
 
 
 class LateExperts:
@@ -54,7 +54,7 @@ class LateExperts:
             self._error = error
 
     def arrived(self) -> dict[tuple[str, int], torch.Tensor] | None:
-        """What `stage_experts` gives, when all members have theirs; None when one failed. Waits; collective over them."""
+        """What `stage_experts` gives, when all members have theirs; None when one failed. Waits. Collective."""
         self._thread.join()
         if self._error and not isinstance(self._error, RoundError):
             raise self._error

@@ -55,8 +55,8 @@ def roles_of(headers: Mapping[int, Header]) -> Roles:
     """The roles of the sites of a round. `headers`: site -> what it says.
 
     Those that are the furthest (in rounds, then in steps) give. When they have come for a synchronisation, their mean
-    is what all take over. Else only sites that missed a round take anything, from the first giver. When all begin, every
-    site takes what the first one has: they need not have drawn the same initial weights.
+    is what all take over. Else only sites that missed a round take anything, from the first giver. When all begin,
+    every site takes what the first one has: they need not have drawn the same initial weights.
     """
     furthest = max((header["round"], header["step"]) for header in headers.values())
     at_front = sorted(site for site, header in headers.items() if (header["round"], header["step"]) == furthest)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pretrain.decentral.transport import Round
 
+from pretrain.decentral.transport import Round
 from pretrain.optim.exchange import gather_lanes, window
 
 
