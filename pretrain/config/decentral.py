@@ -76,7 +76,7 @@ class DecentralConfig(Section):
     reown_after_rounds: Count = 0
     """spes: rounds a site may miss before the others take over its experts (0: these stay as they are)."""
     reown_rewarm_steps: Count = 0
-    """Steps in which the learning rate of experts that changed hands rises from zero: their optimizer state is fresh."""
+    """Steps over which the rate of experts that changed hands rises from zero; their optimizer state is fresh."""
 
     @property
     def quorum(self) -> int:

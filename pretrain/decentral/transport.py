@@ -56,7 +56,7 @@ class Round(Protocol):
     group: dist.ProcessGroup
     """gloo, of the ranks with this rank's number, in the order of `members`. For one thread at a time."""
     sent_bytes: int
-    """Payload that this rank has sent by the collectives below, as their algorithms have it (gloo's rings and trees)."""
+    """Payload that this rank has sent by the collectives below, by their algorithms (gloo's rings and trees)."""
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Add up a CPU tensor over the members, in place; the sum has the same bits on all. Raises RoundError."""
