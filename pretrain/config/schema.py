@@ -18,6 +18,7 @@ from pretrain.config.base import (
     PositiveInt,
     Section,
 )
+from pretrain.config.decentral import DecentralConfig
 from pretrain.config.growth import GrowthConfig
 from pretrain.config.optim import OptimConfig
 
@@ -141,7 +142,7 @@ class BatchConfig(Section):
     sequence_length: PositiveInt
     """Tokens per sequence."""
     global_batch_size: PositiveInt
-    """Sequences per optimizer step, over all data-parallel ranks."""
+    """Sequences per optimizer step, over all data-parallel ranks of all sites."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass on one rank."""
 
@@ -249,8 +250,20 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
     growth: tuple[GrowthConfig, ...] = ()
+    decentral: DecentralConfig | None = None
+    """Several sites train this run together; without it, one does."""
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps in the budget; a token budget is rounded up to whole steps."""
         return self.budget.steps or -(-self.budget.tokens // self.batch.tokens_per_step)
+
+    @property
+    def sites(self) -> int:
+        """Sites that train this run together."""
+        return self.decentral.sites if self.decentral else 1
+
+    @property
+    def site_directory(self) -> Path:
+        """Where this process's site keeps its run: a folder of its own in the run directory, if there are sites."""
+        return self.run.directory / f"site_{self.decentral.site}" if self.decentral else self.run.directory
