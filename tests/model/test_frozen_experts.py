@@ -1,4 +1,4 @@
-"""Experts that are frozen: the layer computes what it does with all of them training, and their weights cost nothing."""
+"""Frozen experts: the layer computes what it does when all of them train, and their weights cost nothing."""
 
 from __future__ import annotations
 
@@ -173,6 +173,6 @@ def test_experts_of_transformer_engine_refuse(mesh: Mesh, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "choose_experts_backend", lambda *_: "transformer_engine")
     config = make_config(MOE, {})
     options = {"parallel": config.parallel, "precision": "bf16", "sequence_length": 8, "groups": mesh.groups}
-    with pytest.raises(ConfigError, match='model.backend = "auto": Transformer Engine cannot freeze') as error:
+    with pytest.raises(ConfigError, match=r'model\.backend = "auto": Transformer Engine cannot freeze') as error:
         build_chunks(config.model, **options, trained=(0,))
     assert len(error.value.problems) == 1
