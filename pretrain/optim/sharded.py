@@ -67,7 +67,7 @@ class _Family:
 class ShardedOptimizer:
     """An optimizer over this rank's shards, with state sharded over the data-parallel ranks.
 
-    shards: all shards of this rank; those of buffers that are not trained are left alone.
+    shards: all shards of this rank; those that are not trained, buffers and frozen experts, are left alone.
     groups: of its fields, `tp` and `dp_cp` serve dense weights, `expt_tp` and `expt_dp` experts. A group may be None
     when torch.distributed is not initialised. All ranks build the optimizer together.
     ages: which growth brought an entry in; None: none did.
@@ -88,7 +88,7 @@ class ShardedOptimizer:
         self._ages = ages
         self._rules = make_rules(config, groups)
         self._parallel = TensorParallel(groups)
-        self._shards = [shard for shard in shards if shard.logical.trainable]
+        self._shards = [shard for shard in shards if shard.trainable]
         assert len({(s.key, s.offset) for s in self._shards}) == len(self._shards), "a box is listed twice"
         self._device = self._shards[0].tensor.device
         self._families = [
@@ -278,7 +278,7 @@ class ShardedOptimizer:
             local_shape=tuple(shape),
             global_shape=state.tensor.shape,
             global_offset=tuple(offset),
-            axis_fragmentations=tuple(g // s for g, s in zip(state.tensor.shape, shape, strict=True)),
+            axis_fragmentations=None,
             replica_id=(pipeline, tensor_index, 0),
         )
 
