@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoint.ranks import Ranks
+from pretrain.config.decentral import DecentralConfig
 from pretrain.config.schema import Config
-from tests.helpers.distributed import rank_main
+from tests.helpers.distributed import TIMEOUT, rank_main
 from tests.helpers.forks import forks
 
 
@@ -100,3 +103,75 @@ class GroupRound:
         parts = [torch.empty_like(tensor) for _ in self.members]
         dist.all_gather(parts, tensor)
         return parts
+
+
+class ScriptedRound(GroupRound):
+    """A round of the sites that a script names, over files of a folder; all of them are well-behaved."""
+
+    def __init__(self, folder: Path, name: str, members: Sequence[int], site: int, ranks: Ranks) -> None:
+        self.members, self.site, self._ranks = tuple(members), site, ranks
+        self.headers, self.largest, self.sent_bytes = {}, 0, 0
+        self._folder, self._name = folder, name
+        store = dist.FileStore(str(folder / f"store_{name}"), len(self.members) * ranks.size)
+        rank, size = self.members.index(site), len(self.members)
+        self.group = dist.ProcessGroupGloo(dist.PrefixStore(str(ranks.rank), store), rank, size, TIMEOUT)
+        self._everyone = dist.ProcessGroupGloo(
+            dist.PrefixStore("all", store), rank * ranks.size + ranks.rank, size * ranks.size, TIMEOUT
+        )
+
+    def exchange(self, header: Mapping[str, Any]) -> None:
+        """Give every member's header to all."""
+        (self._folder / f"header_{self._name}_{self.site}").write_text(json.dumps(header))
+        self._everyone.barrier().wait()
+        for site in self.members:
+            self.headers[site] = json.loads((self._folder / f"header_{self._name}_{site}").read_text())
+
+    def sum_(self, tensor: torch.Tensor) -> None:
+        self.largest = max(self.largest, tensor.nbytes)
+        self.sent_bytes += tensor.nbytes
+        self.group.allreduce([tensor]).wait()
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.largest = max(self.largest, tensor.nbytes)
+        self.sent_bytes += tensor.nbytes
+        parts = [torch.empty_like(tensor) for _ in self.members]
+        self.group.allgather([parts], [tensor]).wait()
+        return parts
+
+    def commit(self, ok: bool) -> bool:
+        votes = torch.tensor([int(ok)])
+        self._everyone.allreduce([votes]).wait()
+        return int(votes) == len(self.members) * self._ranks.size
+
+    def background(self) -> ScriptedRound:
+        return ScriptedRound(self._folder, f"{self._name}_background", self.members, self.site, self._ranks)
+
+
+class ScriptedTransport:
+    """Meetings whose members are known beforehand: those of the meeting after step s are `members[s]`, or all sites."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: DecentralConfig,
+        ranks: Ranks,
+        members: Mapping[int, Sequence[int]],
+        first: int | None = None,
+    ) -> None:
+        """`first`: the step after which the others meet whom this site joins at its start, where it is behind."""
+        self._folder, self._config, self._ranks, self._members = folder, config, ranks, members
+        self._next = first
+        self.rounds: list[ScriptedRound] = []
+
+    def open(self, header: Mapping[str, Any]) -> ScriptedRound:
+        step = int(header["step"]) if self._next is None else self._next
+        self._next = None
+        members = self._members.get(step, range(self._config.sites))
+        name = f"{step}_{len(self.rounds) if step == 0 else ''}_{'_'.join(map(str, members))}"
+        round_ = ScriptedRound(self._folder, name, members, self._config.site, self._ranks)
+        round_.exchange(header)
+        self.rounds.append(round_)
+        return round_
+
+    def close(self) -> None:
+        """Nothing to end."""
