@@ -142,6 +142,8 @@ class Sites:
             )
         assert staged
         self._take(round_, roles, staged)
+        if round_.site in roles.moved | roles.stale:
+            self._move_to(round_.headers[roles.source], with_optimizer=round_.site in roles.stale)
         figures = self._after_round(round_, roles)
         seconds = {"wait_seconds": round(opened - started, 3), "seconds": round(time.monotonic() - opened, 3)}
         self._note(round_, roles, {**figures, **seconds})
@@ -232,8 +234,6 @@ class Sites:
                 slot.master.copy_(weight)
             run.optimizer.load_finished()
             restore_selection_biases(run.engine, staged.biases)
-        if round_.site in roles.moved or is_stale:
-            self._move_to(round_.headers[roles.source], with_optimizer=is_stale)
 
     def _take_experts(
         self, round_: Round, roles: Roles, items: list[Item], staged: Mapping[tuple[str, int], torch.Tensor]

@@ -80,10 +80,11 @@ def meetings(config: Config, folder: Path, ranks: int = 1, **keywords: Any) -> l
     """Train at all sites at once: [site][rank][meeting]. `keywords`: for `recorded`."""
     folder.mkdir()
     at_sites = [at_site(config, site) if config.decentral else config for site in range(config.sites)]
-    return run_sites(_recorded, ranks, [(of_one, folder, keywords) for of_one in at_sites])
+    return run_sites(record, ranks, [(of_one, folder, keywords) for of_one in at_sites])
 
 
-def _recorded(config: Config, folder: Path, keywords: dict[str, Any]) -> list[Meeting]:
+def record(config: Config, folder: Path, keywords: dict[str, Any]) -> list[Meeting]:
+    """`recorded`, to be called by position."""
     return recorded(config, folder, **keywords)
 
 
