@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 def command(
@@ -42,3 +43,21 @@ def hours(text: str) -> float:
     if not found > 0:
         raise argparse.ArgumentTypeError(f"{text}: must be a number of hours, more than 0")
     return found
+
+
+def add_set(sub: argparse.ArgumentParser) -> None:
+    """The option that changes keys of a configuration."""
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key, e.g. optim.lr=3e-4; repeatable",
+    )
+
+
+def explain_option(problem: Mapping[str, Any]) -> str:
+    """pydantic's word on an option, as one line."""
+    option = "--" + str(problem["loc"][0]).replace("_", "-")
+    rule = problem["msg"].replace("Input should be", "must be")
+    return f"{option} {problem['input']}: {rule}; give another value"

@@ -13,14 +13,14 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from pretrain import __version__
-from pretrain.arguments import command, positive
+from pretrain.arguments import add_set, command, explain_option, positive
+from pretrain.checkpoint_commands import add_checkpoint_commands
 from pretrain.config.load import load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.platform.launcher import find_launch
@@ -97,24 +97,6 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _grow(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.set)
-    from rich.progress import Progress  # noqa: PLC0415
-
-    from pretrain.grow_checkpoint import grow_checkpoint  # noqa: PLC0415
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("growing")
-        grown = grow_checkpoint(
-            options.checkpoint,
-            config,
-            options.out,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    print(f"grown: {grown}\nto go on: pretrain train {options.config} --set run.directory={options.out}")
-    return 0
-
-
 def _data_prepare(options: argparse.Namespace) -> int:
     from pretrain.data.prepare import PrepareOptions, prepare  # noqa: PLC0415
 
@@ -130,7 +112,7 @@ def _data_prepare(options: argparse.Namespace) -> int:
     try:
         prepare_options = PrepareOptions(inputs=tuple(options.inputs), output=options.output, **chosen)
     except ValidationError as error:
-        raise ConfigError([_explain_option(problem) for problem in error.errors()]) from error
+        raise ConfigError([explain_option(problem) for problem in error.errors()]) from error
     splits = prepare(prepare_options, show_progress=True)
     for split, sidecar in splits.items():
         print(
@@ -138,13 +120,6 @@ def _data_prepare(options: argparse.Namespace) -> int:
             f"{sidecar.text_bytes:,} bytes of text"
         )
     return 0
-
-
-def _explain_option(problem: Mapping[str, Any]) -> str:
-    """pydantic's word on an option, as one line."""
-    option = "--" + str(problem["loc"][0]).replace("_", "-")
-    rule = problem["msg"].replace("Input should be", "must be")
-    return f"{option} {problem['input']}: {rule}; give another value"
 
 
 def _data_verify(options: argparse.Namespace) -> int:
@@ -156,29 +131,6 @@ def _data_verify(options: argparse.Namespace) -> int:
         sound = all(finding.level != "error" for finding in findings)
         bad += not sound
         print("\n".join([*map(str, findings), *([f"{prefix}: ok"] if sound else [])]))
-    return int(bad > 0)
-
-
-def _ckpt_ls(options: argparse.Namespace) -> int:
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    from pretrain.checkpoint import LS_HEADER, list_checkpoints  # noqa: PLC0415
-
-    table = Table(*LS_HEADER)
-    for row in list_checkpoints(options.run_directory):
-        table.add_row(*row.cells())
-    Console().print(table)
-    return 0
-
-
-def _ckpt_verify(options: argparse.Namespace) -> int:
-    from pretrain.checkpoint import verify_checkpoints  # noqa: PLC0415
-
-    bad = 0
-    for path, findings in verify_checkpoints(options.run_directory).items():
-        bad += bool(findings)
-        print("\n".join(f"{path}: {finding}" for finding in findings) if findings else f"{path}: ok")
     return int(bad > 0)
 
 
@@ -224,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"meristem {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run_commands(commands)
+    add_checkpoint_commands(commands)
     _add_data_commands(commands)
     _add_result_commands(commands)
     _add_bench_command(commands)
@@ -256,15 +209,7 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         "Prepare a corpus, train a small mixture of experts on it, and report.",
         "pretrain demo configs/demo.toml --set budget.steps=600",
     )
-    grow = command(
-        commands,
-        "grow",
-        _grow,
-        "Grow a checkpoint as a run would at this point of its configuration.",
-        "pretrain grow runs/small configs/growth/experts.toml runs/grown",
-    )
-    grow.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, or a run directory (its newest one)")
-    for sub in (train, plan, grow):
+    for sub in (train, plan):
         sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
     demo.add_argument(
         "config",
@@ -274,15 +219,8 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         metavar="CONFIG",
         help="configuration file (default: %(default)s)",
     )
-    grow.add_argument("out", type=Path, metavar="OUT", help="run directory to be made")
-    for sub in (train, plan, grow, demo):
-        sub.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="override one key, e.g. optim.lr=3e-4; repeatable",
-        )
+    for sub in (train, plan, demo):
+        add_set(sub)
 
 
 def _add_data_commands(commands: argparse._SubParsersAction) -> None:
@@ -313,15 +251,6 @@ def _add_data_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_result_commands(commands: argparse._SubParsersAction) -> None:
-    ckpt = command(commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    for name, run, text in (
-        ("ls", _ckpt_ls, "List the checkpoints of a run."),
-        ("verify", _ckpt_verify, "Read every checkpoint of a run in full and compare it with its hashes."),
-    ):
-        sub = command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
-        sub.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
     report = command(
         commands,
         "report",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pretrain.checkpoint import CheckpointReader, Moment, read_state, verify_checkpoint, write_checkpoint
-from pretrain.checkpoint.steps import list_moments
+from pretrain.checkpoint import CheckpointReader, Moment, read_state, write_checkpoint
+from pretrain.checkpoint.pieces import Progress, check_new, counted, cut, most_precise, sound_checkpoint
 from pretrain.config.load import changed_keys, dump_config, load_config
 from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
@@ -21,23 +20,17 @@ from pretrain.growth.history import check_history, growth_figures, next_growth, 
 from pretrain.growth.maps import GrowthPoint
 from pretrain.growth.transplant import fill_new, measured_tensors, requests, target_of
 from pretrain.growth.values import Part, measure
-from pretrain.model.logical import LogicalTensor, logical_tensors
+from pretrain.model.logical import logical_tensors
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
 from pretrain.run import TrainState
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
-
-# Entries of a box that is made and written as one.
-BOX_ENTRIES = 1 << 26
 
 # Keys that decide which tensors a checkpoint has.
 SHAPING = ("model.", "optim.kind", "optim.routes", "optim.soap.block_size", "optim.kron.block_size")
 
 # Noise of a smaller share of the standard deviation is mostly lost in bf16: at 0.001, 78 % of the entries round back.
 SMALLEST_BF16_NOISE = 0.003
-
-Progress = Callable[[int, int], None]
-"""Called with the number of entries done and of all."""
 
 
 def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progress = lambda done, of: None) -> Path:
@@ -55,12 +48,8 @@ def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progre
     Raises:
         CheckpointError, ConfigError: before anything is written.
     """
-    path = _checkpoint_in(source)
-    if (out / CHECKPOINTS).exists():
-        raise CheckpointError(f"{out}: has checkpoints already; give a new folder")
-    findings = verify_checkpoint(path)
-    if findings:
-        raise CheckpointError(f"{path}: damaged ({'; '.join(findings[:3])}); give another checkpoint")
+    check_new(out)
+    path = sound_checkpoint(source)
     state = TrainState(**read_state(path))
     with CheckpointReader(path) as reader:
         point = _point(path, config, state)
@@ -79,19 +68,9 @@ def grow_checkpoint(source: Path, config: Config, out: Path, *, progress: Progre
             step=state.step,
             state=asdict(state),
             config_toml=dump_config(config),
-            data_of=_counted(grown.data_of, boxes, progress),
+            data_of=counted(grown.data_of, boxes, progress),
         )
     return destination
-
-
-def _checkpoint_in(source: Path) -> Path:
-    """The checkpoint that is meant: `source` itself, or the newest of a run directory."""
-    found = list_moments(source / CHECKPOINTS)
-    if found:
-        return list(found.values())[-1]
-    if not (source / "manifest.json").exists():
-        raise CheckpointError(f"{source}: neither a checkpoint nor a run directory with one; check the path")
-    return source
 
 
 def _point(path: Path, config: Config, state: TrainState) -> GrowthPoint:
@@ -130,11 +109,11 @@ class _Grown:
             source = self._point.tensor_map(tensor).source.key
             for name in (None, "master"):
                 if state_key(name, source) in self._stored:
-                    yield from _cut(tensor, state_key(name, tensor.key), self._stored[state_key(name, source)][0])
+                    yield from cut(tensor, state_key(name, tensor.key), self._stored[state_key(name, source)][0])
             if has_states and tensor.trainable:
                 rule = route(tensor, self._optim).rule
                 for state in states_of(tensor, rule, self._optim).values():
-                    yield from _cut(state.tensor, state.tensor.key, torch.float32)
+                    yield from cut(state.tensor, state.tensor.key, torch.float32)
 
     def data_of(self, box: ShardedTensor) -> torch.Tensor:
         """The values of a box."""
@@ -145,7 +124,7 @@ class _Grown:
         target = target_of(self._point, self._new[key], None if is_weight else name, offset, values, self._optim)
         if target:
             for wanted in requests(self._point, target):
-                read = self._weights_of(wanted.key) if is_weight else wanted.key
+                read = most_precise(self._stored, wanted.key) if is_weight else wanted.key
                 wanted.place(wanted.offset, self._reader.read(read, wanted.offset, wanted.shape))
             fill_new(self._point, [target], figures=self._figures, seed=self._seed)
         return values.to(box.dtype)
@@ -156,7 +135,9 @@ class _Grown:
             if split_state_key(key)[1] not in self._point.old_tensors:
                 raise CheckpointError(f"{where}: {key} is no tensor of the model, so it has no rule for growing")
         experts = self._point.config.experts
-        coarse = any(self._stored[self._weights_of(key)][0] != torch.float32 for key in self._point.old_tensors)
+        coarse = any(
+            self._stored[most_precise(self._stored, key)][0] != torch.float32 for key in self._point.old_tensors
+        )
         if coarse and experts and 0 < experts.noise < SMALLEST_BF16_NOISE:
             raise ConfigError(
                 [
@@ -165,39 +146,10 @@ class _Grown:
                 ]
             )
 
-    def _weights_of(self, key: str) -> str:
-        """Where the most precise weights of a tensor are stored."""
-        master = state_key("master", key)
-        return master if master in self._stored else key
-
     def _parts(self) -> Iterator[Part]:
         for tensor in measured_tensors(self._point):
-            for box in _cut(tensor, tensor.key, torch.float32):
+            for box in cut(tensor, tensor.key, torch.float32):
                 offset = tuple(box.global_offset)
-                yield Part(tensor, offset, self._reader.read(self._weights_of(tensor.key), offset, box.local_shape))
-
-
-def _cut(tensor: LogicalTensor, key: str, dtype: torch.dtype) -> Iterator[ShardedTensor]:
-    """A tensor in boxes of about BOX_ENTRIES along its first axis, on the meta device."""
-    rows = max(1, BOX_ENTRIES // math.prod(tensor.shape[1:]))
-    for start in range(0, tensor.shape[0], rows):
-        shape = (min(rows, tensor.shape[0] - start), *tensor.shape[1:])
-        offset = (start, *[0] * (len(shape) - 1))
-        data = torch.empty(shape, dtype=dtype, device="meta")
-        yield ShardedTensor(key, data, dtype, shape, tensor.shape, offset, None, (0, 0, 0))
-
-
-def _counted(
-    data_of: Callable[[ShardedTensor], torch.Tensor], boxes: Sequence[ShardedTensor], progress: Progress
-) -> Callable[[ShardedTensor], torch.Tensor]:
-    """`data_of`, telling of its progress."""
-    total, done = sum(math.prod(box.local_shape) for box in boxes), 0
-
-    def counted(box: ShardedTensor) -> torch.Tensor:
-        nonlocal done
-        values = data_of(box)
-        done += values.numel()
-        progress(done, total)
-        return values
-
-    return counted
+                yield Part(
+                    tensor, offset, self._reader.read(most_precise(self._stored, tensor.key), offset, box.local_shape)
+                )

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch.distributed import ProcessGroup
 
 from pretrain.config.decentral import MergeConfig
 from pretrain.config.schema import ModelConfig
 from pretrain.model.shards import Shard
+from pretrain.optim.rules import Slot
 from pretrain.parallel.engine import Engine
 
 COSINE_DIGITS = 10
@@ -45,7 +45,7 @@ class Merged:
     """What merging makes of the experts; nothing has been changed."""
 
     masters: list[torch.Tensor]
-    """The new value of each master that was given: fp32 on the host."""
+    """The new master of each slot that was given: fp32 on the host, in its shape."""
     similarity: dict[int, Similarity]
     """Layer -> before."""
 
@@ -80,35 +80,34 @@ def merged(
     merge: MergeConfig,
     step: int,
     *,
-    masters: Sequence[ShardedTensor],
+    slots: Sequence[Slot],
     bucket_bytes: int,
 ) -> Merged:
     """New masters of this rank's experts by the merge of a step at which one is due. Collective over the site.
 
     Args:
         engine: whose weights are those published of all experts.
-        masters: this rank's boxes of the experts' fp32 weights, under the weights' keys; other ranks may have others,
-            or none.
+        slots: those of experts that this rank owns; other ranks may have others, or none.
         bucket_bytes: device memory to use.
     """
     coefficient = merge.coefficient_at(step)
     assert coefficient > 0, f"no merge is due at step {step}"
-    staged = [torch.empty(tuple(master.local_shape), dtype=torch.float32) for master in masters]
+    staged = [torch.empty(slot.master.shape, dtype=torch.float32) for slot in slots]
     found: dict[int, torch.Tensor] = {}
     taken = 0
     for layer in _layers(engine, model):
         found[layer.number] = layer.cosines(bucket_bytes)
         nearest = neighbours(found[layer.number], merge.neighbours)
         for key in layer.boxes:
-            own = [(master, new) for master, new in zip(masters, staged, strict=True) if master.key == key]
+            own = [(slot, new) for slot, new in zip(slots, staged, strict=True) if slot.shard.key == key]
             taken += len(own)
             for columns, published in layer.gathered(key, bucket_bytes):
-                for master, new in own:
-                    first, count = master.global_offset[0], master.local_shape[0]
-                    old = master.data.flatten(1)[:, columns]
+                for slot, new in own:
+                    first, count = slot.shard.offset[0], slot.shard.shape[0]
+                    old = slot.shard.view(slot.master).flatten(1)[:, columns]
                     towards = _mean_step(old, published, nearest[first : first + count])
-                    new.flatten(1)[:, columns] = old.add(towards, alpha=coefficient).cpu()
-    assert taken == len(masters), f"no experts of this rank: {[master.key for master in masters]}"
+                    slot.shard.view(new).flatten(1)[:, columns] = old.add(towards, alpha=coefficient).cpu()
+    assert taken == len(slots), f"no experts of this rank: {[slot.shard.key for slot in slots]}"
     return Merged(staged, _figures(engine, model, found))
 
 

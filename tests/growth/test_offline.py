@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pretrain import grow_checkpoint as module
-from pretrain.checkpoint import read_state, verify_checkpoint
+from pretrain.checkpoint import pieces, read_state, verify_checkpoint
 from pretrain.config.schema import Config
 from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.grow_checkpoint import grow_checkpoint
@@ -167,7 +166,7 @@ def test_boxes_are_cut_to_size(live: dict[str, Config], tmp_path: Path, monkeypa
     config = live["muon bf16"]
     whole = grown_offline(config, tmp_path / "whole")
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(module, "BOX_ENTRIES", 500)
+    monkeypatch.setattr(pieces, "BOX_ENTRIES", 500)
     cut = grow_checkpoint(
         checkpoint(config, str(GROWN_AT)), config, tmp_path / "cut", progress=lambda done, of: seen.append((done, of))
     )

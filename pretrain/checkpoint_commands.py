@@ -1,0 +1,91 @@
+"""Commands on checkpoints: their arguments, and the function each calls. Nothing heavy is imported before one runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.arguments import add_set, command
+from pretrain.config.load import load_config
+
+if TYPE_CHECKING:
+    from pretrain.checkpoint.pieces import Progress
+
+
+def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
+    """Declare them."""
+    grow = command(
+        commands,
+        "grow",
+        _grow,
+        "Grow a checkpoint as a run would at this point of its configuration.",
+        "pretrain grow runs/small configs/growth/experts.toml runs/grown",
+    )
+    _add_conversion(grow)
+    ckpt = command(commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    for name, run, text in (
+        ("ls", _ckpt_ls, "List the checkpoints of a run."),
+        ("verify", _ckpt_verify, "Read every checkpoint of a run in full and compare it with its hashes."),
+    ):
+        sub = command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
+        sub.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
+
+
+def _add_conversion(sub: argparse.ArgumentParser) -> None:
+    """Arguments of a command that makes one checkpoint out of another."""
+    sub.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint, or a run directory (its newest one)")
+    sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
+    sub.add_argument("out", type=Path, metavar="OUT", help="run directory to be made")
+    add_set(sub)
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[Progress]:
+    """A progress line on the terminal for the time of a `with` block."""
+    from rich.progress import Progress as Bar  # noqa: PLC0415 (what is slow to import is, by the commands that need it)
+
+    with Bar(transient=True) as bar:
+        task = bar.add_task(text)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _go_on(options: argparse.Namespace) -> str:
+    return f"to go on: pretrain train {options.config} --set run.directory={options.out}"
+
+
+def _grow(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    from pretrain.grow_checkpoint import grow_checkpoint  # noqa: PLC0415
+
+    with _progress("growing") as progress:
+        grown = grow_checkpoint(options.checkpoint, config, options.out, progress=progress)
+    print(f"grown: {grown}\n{_go_on(options)}")
+    return 0
+
+
+def _ckpt_ls(options: argparse.Namespace) -> int:
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    from pretrain.checkpoint import LS_HEADER, list_checkpoints  # noqa: PLC0415
+
+    table = Table(*LS_HEADER)
+    for row in list_checkpoints(options.run_directory):
+        table.add_row(*row.cells())
+    Console().print(table)
+    return 0
+
+
+def _ckpt_verify(options: argparse.Namespace) -> int:
+    from pretrain.checkpoint import verify_checkpoints  # noqa: PLC0415
+
+    bad = 0
+    for path, findings in verify_checkpoints(options.run_directory).items():
+        bad += bool(findings)
+        print("\n".join(f"{path}: {finding}" for finding in findings) if findings else f"{path}: ok")
+    return int(bad > 0)
