@@ -65,23 +65,18 @@ def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterato
         durable: SimpleQueue[tuple[Path, float]] = SimpleQueue()
         checkpoints = _open_checkpoints(config, durable, damaged)
         newest = checkpoints.latest_valid()
-        state = TrainState(data_fingerprint=train_data.fingerprint)
+        state = TrainState(data_fingerprint=train_data.fingerprint, decentral=NO_ROUNDS if config.decentral else {})
         changed: list[str] = []
         if newest:
             with ranks.together():
                 state, changed = _read_state(newest, config, train_data)
         stage = stages(config)[len(state.growths)].config
         mesh = meshes.of(stage.parallel)
-        if stage.decentral:
-            state.decentral = NO_ROUNDS | state.decentral
-        trained = trained_experts(stage, state.decentral.get("dropped", ()))
-        engine = build_engine(stage, mesh, trained=trained)
+        engine = build_engine(stage, mesh, trained=trained_experts(stage, state.decentral.get("dropped", ())))
         optimizer = ShardedOptimizer(engine.shards, config.optim, mesh.groups, ages=entry_ages(config, state))
         outer = outer_of(stage, optimizer)
         if newest:
             _restore(newest, state, changed, engine=engine, optimizer=optimizer, outer=outer, ranks=ranks)
-        if outer:
-            state.decentral["outer"] = True
         with ranks.together():
             recorder = _recorder(config, state, clock) if is_main else None
             valid_bytes_per_token = _valid_bytes_per_token(config, valid_data) if is_main else None
@@ -101,7 +96,6 @@ def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterato
             clock=clock,
             recorder=recorder,
             outer=outer,
-            trained=trained,
             valid_bytes_per_token=valid_bytes_per_token,
             durable=durable,
         )
@@ -127,6 +121,8 @@ def _open_checkpoints(config: Config, durable: SimpleQueue[tuple[Path, float]], 
 def _read_state(path: Path, config: Config, train_data: BlendedDataset) -> tuple[TrainState, list[str]]:
     """(state, configuration keys that differ from its own) of a checkpoint that the run can go on from."""
     state = TrainState(**read_state(path))
+    if config.decentral:
+        state.decentral = NO_ROUNDS | state.decentral
     _check_resumable(path, state, config, train_data)
     return state, changed_keys(load_config(path / run_directory.CONFIG_FILE), config)
 

@@ -13,7 +13,7 @@ def retrain(run: Run, state: TrainState) -> None:
     """Train the experts that are this site's by `state.decentral`, at the learning rates of their age. Collective."""
     trained = trained_experts(run.config, state.decentral["dropped"])
     mesh = run.mesh
-    held = Held(run.engine.shards, run.optimizer.whole_state(), run.trained, run.optimizer.state_dict())
+    held = Held(run.engine.shards, run.optimizer.whole_state(), run.engine.trained, run.optimizer.state_dict())
     outer = run.outer.state() if run.outer else None
     # Only what moves stays: gradients make room.
     del run.engine, run.optimizer, run.outer
@@ -21,7 +21,6 @@ def retrain(run: Run, state: TrainState) -> None:
     run.engine, run.optimizer = with_other_experts(
         run.config, mesh, held, trained=trained, ages=entry_ages(run.written, state), ranks=run.ranks
     )
-    run.trained = trained
     run.outer = outer_of(run.config, run.optimizer)
     if run.outer and outer is not None:
         run.outer.take(outer)

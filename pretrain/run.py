@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -98,8 +97,6 @@ class Run:
     """Rank 0 only."""
     outer: Nesterov | None = None
     """What synchronisations of several sites do with the mean of their weights, if it is more than to take it."""
-    trained: Collection[int] | None = None
-    """Experts of each layer that train here; None: all."""
     valid_bytes_per_token: float | None = None
     """Of the text that validation predicts; None where the datasets do not tell."""
     balance: BalanceWindow = field(default_factory=BalanceWindow)
@@ -124,6 +121,8 @@ class Run:
         state.rng = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
         if self.recorder:
             state.recorder = self.recorder.state_dict()
+        if self.outer:
+            state.decentral = {**state.decentral, "outer": True}
         tensors = checkpoint_tensors(self.engine, self.optimizer, self.outer)
         self.checkpoints.save(
             state.step, tensors, state=asdict(state), config_toml=dump_config(self.written), grown=grown

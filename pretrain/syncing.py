@@ -328,11 +328,10 @@ class Sites:
                 return {}
             return _similarities(similarity(run.engine, model, bucket_bytes=self.bucket_bytes))
         own = [slot for slot in run.optimizer.slots if slot.shard.logical.is_expert]
-        boxes = [slot.shard.sharded(slot.master) for slot in own]
-        found = merged(run.engine, model, merge, step, masters=boxes, bucket_bytes=self.bucket_bytes)
+        found = merged(run.engine, model, merge, step, slots=own, bucket_bytes=self.bucket_bytes)
         before = [slot.master.to("cpu", copy=True) for slot in own]
         for slot, new in zip(own, found.masters, strict=True):
-            slot.shard.view(slot.master).copy_(new)
+            slot.master.copy_(new)
         run.optimizer.load_finished()
         # Only owners compute, and publish again: the same everywhere, whatever machines the sites have.
         everyone = roles_of({site: {"round": 0, "step": 0, "due": True} for site in round_.members})

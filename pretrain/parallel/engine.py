@@ -37,6 +37,8 @@ class Engine:
     batch: BatchConfig
     sites: int = 1
     """How many share a global batch; this is one of them."""
+    trained: Collection[int] | None = None
+    """The experts of each layer that train here; None: all."""
 
     @property
     def microbatches(self) -> int:
@@ -199,7 +201,7 @@ def build_engine(
     if config.parallel.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    return Engine(chunks, wrapped, shards, mesh, config.batch, config.sites)
+    return Engine(chunks, wrapped, shards, mesh, config.batch, config.sites, trained)
 
 
 def _forward_step(

@@ -352,7 +352,7 @@ def split(engine: Engine) -> Engine:
     def parts(shard: Shard) -> Iterator[Shard]:
         start = 0
         for size in (1, 2, 1) * (shard.shape[0] // 4):
-            tensor = shard.tensor.detach()[start : start + size]
+            tensor = shard.tensor.detach()[start : start + size].requires_grad_()
             offset = (shard.offset[0] + start, *shard.offset[1:])
             yield replace(shard, tensor=tensor, offset=offset, shape=(size, *shard.shape[1:]))
             start += size
