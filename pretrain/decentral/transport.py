@@ -18,7 +18,7 @@ Between `open` and `commit` come no collectives inside a site: a rank that fails
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -45,18 +45,27 @@ class StopWaitingError(Exception):
 
 
 class Round(Protocol):
-    """One synchronisation, on this rank."""
+    """One synchronisation, on this rank. For one thread at a time."""
 
-    members: tuple[int, ...]
-    """Site numbers, sorted."""
-    site: int
-    """This rank's own."""
-    headers: dict[int, Header]
-    """What every member said of itself, on every rank."""
-    group: dist.ProcessGroup
-    """gloo, of the ranks with this rank's number, in the order of `members`. For one thread at a time."""
-    sent_bytes: int
-    """Payload that this rank has sent by the collectives below, by their algorithms (gloo's rings and trees)."""
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Site numbers, sorted."""
+
+    @property
+    def site(self) -> int:
+        """This rank's own."""
+
+    @property
+    def headers(self) -> Mapping[int, Header]:
+        """What every member said of itself, on every rank."""
+
+    @property
+    def group(self) -> dist.ProcessGroupGloo:
+        """The outer group, in the order of `members`. Keep no reference: the connections would outlive the round."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Payload that this rank has sent by the collectives below, as gloo's rings and trees do."""
 
     def sum_(self, tensor: torch.Tensor) -> None:
         """Add up a CPU tensor over the members, in place; the sum has the same bits on all. Raises RoundError."""
@@ -112,9 +121,9 @@ def open_transport(config: DecentralConfig, ranks: Ranks, stopping: Callable[[],
         UserError: torchft is not installed, or an address is none of this machine's.
     """
     if config.transport == "fixed":
-        from pretrain.decentral.fixed import FixedTransport  # noqa: PLC0415 (torchft is optional)
+        from pretrain.decentral.fixed import fixed_transport  # noqa: PLC0415 (both import this module)
 
-        return FixedTransport(config, ranks, stopping)
-    from pretrain.decentral.torchft_transport import TorchftTransport  # noqa: PLC0415
+        return fixed_transport(config, ranks, stopping)
+    from pretrain.decentral.torchft_transport import torchft_transport  # noqa: PLC0415
 
-    return TorchftTransport(config, ranks, stopping)
+    return torchft_transport(config, ranks, stopping)
