@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -130,7 +131,7 @@ class Run:
             checkpoint_tensors(self.engine, self.optimizer, self.outer),
             state=asdict(state),
             config_toml=dump_config(self.written),
-            partial_keys=partial_keys(self.config, self.trained),
+            partial_keys=partial_keys(self.config, self.engine.trained),
             grown=grown,
         )
 
