@@ -50,7 +50,7 @@ def test_the_folder_is_complete():
     wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
     wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
     wanted |= {f"studies/optimizers-{name}.toml" for name in ("run", "moe")}
-    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
+    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
 
 
@@ -169,6 +169,17 @@ def test_spes(name):
     assert round(found.active / 1e9, 2) == active
 
 
+# The model cards of Qwen3 (arXiv 2505.09388): parameters and non-embedding parameters, in billions.
+QWEN = {"qwen3-1.7b": (1.7, 1.4)}
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen(name):
+    found = counts(name)
+    assert (round(found.total / 1e9, 1), round(found.non_embedding / 1e9, 1)) == QWEN[name]
+    assert found.active == found.total
+
+
 # arXiv 2509.02046: non-embedding parameters, L (3 d ffn + 4 d^2), and tokens at 20 for each of them.
 DENSE = {
     "dense-130m": (134_217_728, 2.68),
@@ -194,7 +205,7 @@ def test_a_changed_shape_is_noticed():
     assert (quantity(other.active), quantity(other.total)) != SPARKLING["sparkling-small"]
 
 
-@pytest.mark.parametrize("name", [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE])
+@pytest.mark.parametrize("name", [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE])
 def test_readme_table_is_what_the_plan_prints(name):
     found = counts(name)
     row = f"| `{name}` | {quantity(found.total)} | {quantity(found.active)} | {quantity(found.non_embedding)} |"
