@@ -200,7 +200,11 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         "Check a configuration and print every number that follows from it.",
         "pretrain plan configs/models/sparkling-joint.toml --world-size 64",
     )
-    plan.add_argument("--world-size", type=positive, help="ranks (default: the fewest that the layout fits on)")
+    plan.add_argument(
+        "--world-size",
+        type=positive,
+        help="ranks, of one site if there are several (default: the fewest that the layout fits on)",
+    )
     plan.add_argument("--json", action="store_true", help="for programs")
     demo = command(
         commands,

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, write_checkpoint
 from pretrain.checkpoint.pieces import Progress, check_new, counted, cut, most_precise, sound_checkpoint
-from pretrain.config.load import dump_config, load_config
+from pretrain.config.load import changed_keys, dump_config, load_config
 from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
 from pretrain.config.stages import growth_step, stages
@@ -23,7 +23,7 @@ from pretrain.growth.values import Part, measure
 from pretrain.model.logical import logical_tensors
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
-from pretrain.run import TrainState, changed_keys
+from pretrain.run import TrainState
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
 # Keys that decide which tensors a checkpoint has.

@@ -27,8 +27,10 @@ from pretrain.parallel.routing_stats import (
     selection_bias,
 )
 from pretrain.platform import distributed
-from pretrain.run import Run, TrainState, restore_or_build
+from pretrain.restore import restore_or_build
+from pretrain.run import Run, TrainState
 from pretrain.signals import DONE, REQUEUE, graceful_stop
+from pretrain.syncing import meeting
 
 
 def train(config: Config) -> int:
@@ -37,7 +39,12 @@ def train(config: Config) -> int:
     Goes on from the newest valid checkpoint of the run directory. Call on every process of the job.
     """
     clock = RunClock()
-    with started(config) as meshes, graceful_stop() as stop, restore_or_build(config, meshes, clock) as (run, state):
+    with (
+        started(config) as meshes,
+        graceful_stop() as stop,
+        restore_or_build(config, meshes, clock) as (run, state),
+        meeting(run, state, lambda: stop.signal is not None) as after_step,
+    ):
         clock.begin_steps()
         saved = state.step
         while state.step < config.total_steps and not stop.agree(run.mesh.device):
@@ -47,7 +54,7 @@ def train(config: Config) -> int:
                 run.checkpoints.wait()
                 grow(run, point, state)
                 saved = state.step
-            train_step(run, state)
+            after_step(train_step(run, state))
             if is_due(config.eval.every_steps, state, config):
                 log_evaluation(run, state)
             if is_due(config.checkpoint.every_steps, state, config):
@@ -140,7 +147,7 @@ def log_step(run: Run, state: TrainState, loss: float, result: StepResult) -> No
             state.step,
             loss=loss,
             step_seconds=last,
-            tokens_per_second=config.batch.tokens_per_step / last,
+            tokens_per_second=config.site_tokens_per_step / last,
             skipped=result.skipped,
         )
     run.report_durable(state)
@@ -153,8 +160,8 @@ def log_step(run: Run, state: TrainState, loss: float, result: StepResult) -> No
     losses = aux_losses(run.engine, config.model)
     figures = rates(
         clock.take_interval(),
-        tokens_per_step=config.batch.tokens_per_step,
-        flops_per_step=float(run.flops_per_token) * config.batch.tokens_per_step,
+        tokens_per_step=config.site_tokens_per_step,
+        flops_per_step=float(run.flops_per_token) * config.site_tokens_per_step,
         devices=run.mesh.world_size,
         peak_tflops=config.metrics.peak_tflops,
     )

@@ -29,7 +29,7 @@ from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.transformer_config import compute_dtype
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
-from pretrain.run import TrainState, open_data
+from pretrain.run import NO_ROUNDS, TrainState, open_data
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
 # What the attention, norms and tables of both models have in common.
@@ -169,6 +169,7 @@ def changes_function(model: ModelConfig, options: UpcycleOptions) -> list[str]:
 def _first_state(config: Config) -> TrainState:
     """The state of a run that begins."""
     return TrainState(
+        decentral=NO_ROUNDS if config.decentral else {},
         data_fingerprint=open_data(config)[0].fingerprint,
         rng=base64.b64encode(torch.Generator().manual_seed(config.run.seed).get_state().numpy().tobytes()).decode(),
         optimizer={"kind": config.optim.kind, "step": 0},

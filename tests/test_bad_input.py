@@ -172,6 +172,53 @@ def test_a_problem_of_the_optimizer(
     assert contents(config.parent) == before
 
 
+# Sites that train together, of a model with four experts and a batch of 8 sequences in micro-batches of 2.
+
+DECENTRAL_PROBLEMS = [
+    ("{kind='sepes', sites=2}", 'decentral.kind = "sepes": must be "spes" or "diloco"; did you mean "spes"?'),
+    ("{sites=2}", "decentral.kind: missing; give it a value"),
+    ("{kind='spes', sites=0}", "decentral.sites = 0: must be at least 1; raise it"),
+    ("{kind='spes', sites=2, sight=1}", "decentral.sight = 1: unknown key; did you mean decentral.site?"),
+    ("{kind='spes', sites=2, site=2}", "decentral.site = 2: must be less than decentral.sites = 2, as sites count"),
+    ("{kind='spes', sites=2, merge={top_k=4}}", "decentral.merge.top_k = 4: unknown key; "),
+    ("{kind='diloco', sites=3}", "batch.global_batch_size = 8: must be a multiple of batch.micro_batch_size * data-"),
+    (
+        "{kind='spes', sites=2, merge={coefficient=0.1}}",
+        "decentral.merge.neighbours = 4: must be less than model.num_experts = 4, as no expert is its own neighbour; ",
+    ),
+    (
+        "{kind='spes', sites=4, coordinator='10.1.2.3:29400'}",
+        'decentral.bind = "127.0.0.1": sites that meet at decentral.coordinator = "10.1.2.3:29400" cannot reach this',
+    ),
+]
+
+
+@pytest.mark.parametrize(("decentral", "problem"), DECENTRAL_PROBLEMS)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_problem_of_the_sites(
+    config: Path, capsys: pytest.CaptureFixture[str], command: str, decentral: str, problem: str
+) -> None:
+    before = contents(config.parent)
+    assert cli.main([command, str(config), "--set", f"decentral={decentral}", "--set", "eval.every_steps=0"]) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith(f"  {problem}") for line in lines) == 1
+    assert contents(config.parent) == before
+
+
+def test_problems_of_the_sites_are_told_at_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = {"site": "5", "sites": "3", "min_sites": "1", "coordinator": "here", "expert_delay_steps": "100"}
+    overrides = [f"--set=decentral.{key}={value}" for key, value in (keys | {"kind": "spes"}).items()]
+    assert cli.main(["plan", str(config), *overrides, "--set=growth=[{at_step=2, depth={}}]"]) == 2
+    told = {line.split()[0] for line in capsys.readouterr().err.splitlines()[1:]}
+    assert told == {*(f"decentral.{key}" for key in keys), "[[growth]]:"}
+
+
+def test_sites_without_a_problem(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sites = "decentral={kind='spes', sites=4, site=3, merge={coefficient=0.1, neighbours=3}}"
+    assert cli.main(["plan", str(config), "--set", sites]) == 0
+    assert "trained experts" in capsys.readouterr().out
+
+
 def test_every_kind_of_optimizer_without_a_problem(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

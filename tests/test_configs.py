@@ -10,7 +10,7 @@ from pretrain.config.load import dump_config, load_config
 from pretrain.config.rules import check, smallest_world_size
 from pretrain.errors import ConfigError
 from pretrain.model.counts import count_parameters
-from pretrain.plan import format_plan, make_plan, quantity
+from pretrain.plan import decimal_bytes, format_plan, make_plan, quantity
 from pretrain.tuning.sweep_file import load_sweep
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -48,6 +48,7 @@ def test_says_what_it_is_and_how_to_run_it(path):
 
 def test_the_folder_is_complete():
     wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
+    wanted |= {f"decentral/{name}.toml" for name in (*DEMO_SITES, *SPES)}
     wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
     wanted |= {f"studies/optimizers-{name}.toml" for name in ("run", "moe")}
     shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE, *GROWN]
@@ -178,6 +179,35 @@ def test_qwen(name):
     found = counts(name)
     assert (round(found.total / 1e9, 1), round(found.non_embedding / 1e9, 1)) == QWEN[name]
     assert found.active == found.total
+
+
+# Sites, and the experts that each of them trains in a layer.
+DEMO_SITES = {"two-sites": (2, 4), "four-sites": (4, 2)}
+
+
+@pytest.mark.parametrize("name", DEMO_SITES)
+def test_sites_of_the_demo(name):
+    config, demo = (load_config(CONFIGS / f"{path}.toml") for path in (f"decentral/{name}", "demo"))
+    plan = make_plan(config, 1).decentral
+    assert (plan.sites, plan.trained_experts) == DEMO_SITES[name]
+    assert (config.model, config.data, config.growth) == (demo.model, demo.data, ())
+    assert config.run.directory != demo.run.directory
+    # All sites see the same model when they are compared, saved and at the end.
+    steps = (config.eval.every_steps, config.checkpoint.every_steps, config.total_steps)
+    assert {every % config.decentral.sync_every_steps for every in steps} == {0}
+    assert make_plan(load_config(CONFIGS / "decentral" / f"{name}.toml", ["parallel.expert=2"]), 2)
+
+
+@pytest.mark.parametrize(("name", "trained"), zip(SPES, (4, 8, 2), strict=True))
+def test_sites_of_spes(name, trained):
+    config = load_config(CONFIGS / "decentral" / f"{name}.toml")
+    assert config.model == load_config(CONFIGS / "models" / f"{name}.toml").model
+    plan = make_plan(config, 8)
+    sites = plan.decentral
+    assert (sites.sites, sites.trained_experts, plan.stages[0].layout.experts_per_rank) == (4, trained, 4)
+    sizes = (sites.site_memory, sites.replica_memory, sites.traffic, sites.replica_traffic)
+    row = " | ".join(decimal_bytes(size.total) for size in sizes)
+    assert f"| `{name}` | {row} | arXiv 2602.11543 |" in (CONFIGS / "README.md").read_text()
 
 
 # arXiv 2509.02046: non-embedding parameters, L (3 d ffn + 4 d^2), and tokens at 20 for each of them.

@@ -21,11 +21,13 @@ LEVELS = [
     {"model"},
     {"parallel"},
     {"data", "optim"},
-    {"checkpoint", "metrics"},
-    {"growth", "decentral"},
+    {"checkpoint", "metrics", "plan"},
+    {"growth"},
+    {"decentral"},
     {"run"},
-    {"growing", "grow_checkpoint", "upcycle"},
-    {"train", "plan", "demo"},
+    {"restore", "retraining"},
+    {"growing", "grow_checkpoint", "syncing", "upcycle"},
+    {"train", "demo"},
     {"tuning", "bench", "checkpoint_commands"},
     {"studies"},
     {"cli"},
@@ -34,7 +36,7 @@ LEVELS = [
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 TRITON = "pretrain_kernels.triton_"  # modules so named may import Triton
-OPTIONAL = ["transformer_engine", "apex", "wandb", "triton"]
+OPTIONAL = ["transformer_engine", "apex", "wandb", "triton", "torchft"]
 
 
 def sources() -> dict[str, str]:
@@ -152,6 +154,7 @@ def test_right_direction_passes(module: str, text: str) -> None:
 def test_optional_packages_have_one_home() -> None:
     modules = sources()
     assert len(homes(modules, "wandb")) == 1
+    assert homes(modules, "torchft") == ["pretrain.decentral.torchft_transport"]
     assert len(homes(modules, "transformer_engine")) <= 1
     assert len(homes(modules, "apex")) <= 1
     assert [module for module in homes(modules, "triton") if not module.startswith(TRITON)] == []

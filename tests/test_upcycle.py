@@ -26,6 +26,7 @@ from tests.helpers.distributed import run_ranks
 from tests.helpers.growing_runs import checkpoint, tensor_bytes, written
 from tests.helpers.layouts import engine_of, microbatches, single_process
 from tests.helpers.runs import events, make_corpus, rows, tiny_config
+from tests.helpers.sites import at_site, free_port, run_sites
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -318,14 +319,27 @@ def test_any_layout_starts_from_it(corpus: Path, dense: Path, tmp_path: Path) ->
 
 
 def test_every_site_starts_from_the_same_bytes(corpus: Path, dense: Path, tmp_path: Path) -> None:
-    config = moe_config(corpus, tmp_path / "run")
-    options = UpcycleOptions(noise_std=0.02)
-    alone = tensor_bytes(upcycle(dense, config, tmp_path / "alone", options))
-    for site in (0, 1):
-        of_site = config.model_copy(update={"decentral": DecentralConfig(kind="spes", sites=2, site=site)})
-        path = upcycle(dense, of_site, tmp_path / "out", options)
+    """And trains on, its frozen experts without a state."""
+    plain, options = moe_config(corpus, tmp_path / "out"), UpcycleOptions(noise_std=0.02)
+    alone = tensor_bytes(upcycle(dense, plain, tmp_path / "alone", options))
+    keys = DecentralConfig(
+        kind="spes", sites=2, sync_every_steps=2, transport="fixed", coordinator=f"127.0.0.1:{free_port()}"
+    )
+    sites = [at_site(plain.model_copy(update={"decentral": keys}), site) for site in (0, 1)]
+    for site, config in enumerate(sites):
+        path = upcycle(dense, config, tmp_path / "out", options)
         assert path == tmp_path / "out" / f"site_{site}" / "checkpoints" / "step_00000000"
         assert tensor_bytes(path) == alone
+    run_sites(_train, 1, [[config] for config in sites])
+    first, second = (rows(config.site_directory, "train") for config in sites)
+    # Each with its part of the batch, from where the dense model was.
+    assert first[0]["loss"] != second[0]["loss"]
+    dense_losses = [row["loss"] for row in rows(dense, "train")]
+    for losses in (first, second):
+        assert abs(losses[0]["loss"] - dense_losses[-1]) < 0.5 * (dense_losses[0] - dense_losses[-1])
+    assert [len(losses) for losses in (first, second)] == [STEPS, STEPS]
+    for config in sites:
+        assert read_state(newest(config.site_directory))["origin"]["noise_std"] == 0.02
 
 
 # ----- what is refused

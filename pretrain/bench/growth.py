@@ -46,7 +46,8 @@ from pretrain.parallel.engine import build_engine
 from pretrain.parallel.mesh import Meshes
 from pretrain.plan import make_plan
 from pretrain.platform.memory import PeakMemory
-from pretrain.run import Run, TrainState, checkpoint_tensors, restore_or_build
+from pretrain.restore import restore_or_build
+from pretrain.run import Run, TrainState, checkpoint_tensors
 from pretrain.run_directory import CHECKPOINTS
 from pretrain.train import train_step
 

@@ -112,7 +112,7 @@ def _batch(workload: Workload, device: torch.device) -> list[Batch]:
 
 def _measured(config: Config, engine: Engine, batch: list[Batch], *, rounds: int) -> OptimResult:
     optim, groups, kind = config.optim, engine.mesh.groups, config.optim.kind
-    trained = [shard for shard in engine.shards if shard.logical.trainable]
+    trained = [shard for shard in engine.shards if shard.trainable]
     own = [shard for shard in trained if route(shard.logical, optim).rule == rules_of(kind)[0]]
     variants: dict[str, Callable[[], object]] = {
         name: peer.step for name, peer in peers(kind, own, optim, lr=route(own[0].logical, optim).lr).items()

@@ -25,7 +25,7 @@ from pretrain.metrics.throughput import RunClock
 from pretrain.model.transformer_config import transformer_config
 from pretrain.parallel.engine import Batch, build_engine
 from pretrain.parallel.mesh import Mesh, Meshes
-from pretrain.run import restore_or_build
+from pretrain.restore import restore_or_build
 from pretrain.train import train_step
 
 OURS = "pretrain train"

@@ -75,6 +75,8 @@ class DecentralConfig(Section):
     """How long one collective or one vote of a round may take."""
     reown_after_rounds: Count = 0
     """spes: rounds a site may miss before the others take over its experts (0: these stay as they are)."""
+    reown_rewarm_steps: Count = 0
+    """Steps over which the rate of experts that changed hands rises from zero; their optimizer state is fresh."""
 
     @property
     def quorum(self) -> int:

@@ -51,6 +51,25 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def flat_keys(config: Config) -> dict[str, Any]:
+    """`section.key` -> value, as JSON, of every key."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return out
+
+    return flat(config.model_dump(mode="json"))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key two configurations differ in, run.directory aside."""
+    before, after = flat_keys(old), flat_keys(new)
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "run.directory"]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]
+
+
 def _read_with_base(path: Path) -> Table:
     raw = read_toml(path)
     if "base" not in raw:

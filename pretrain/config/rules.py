@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pretrain.config.decentral_rules import decentral_rules
 from pretrain.config.growth_rules import growth_rules
 from pretrain.config.optim_rules import optim_rules
 from pretrain.config.schema import Config, ModelConfig, ParallelConfig, RouterConfig
@@ -23,6 +24,7 @@ def check(config: Config, world_size: int | None = None) -> list[str]:
     """Every broken rule; those about the number of ranks only when `world_size` is given."""
     problems = _stage_rules(config, world_size)
     problems += [*_budget_rules(config), *_saving_rules(config), *optim_rules(config.optim), *growth_rules(config)]
+    problems += decentral_rules(config)
     if not problems:
         # Only now are the later stages known.
         for index, (before, stage) in enumerate(itertools.pairwise(stages(config))):
@@ -295,17 +297,18 @@ def _world_size_rules(config: Config, world_size: int) -> Iterator[str]:
 
 def _batch_rules(config: Config, data_parallel: int) -> Iterator[str]:
     parallel, G, B = config.parallel, config.batch.global_batch_size, config.batch.micro_batch_size
-    at_once = B * data_parallel
+    readers = data_parallel * config.sites
+    at_once = B * readers
     microbatches = -(-G // at_once)
     if G % at_once:
         remedy = f"use {microbatches * at_once}"
-        if G % data_parallel == 0:
-            fitting = next(size for size in range(B, 0, -1) if G // data_parallel % size == 0)
+        if G % readers == 0:
+            fitting = next(size for size in range(B, 0, -1) if G // readers % size == 0)
             remedy += f", or batch.micro_batch_size = {fitting}"
-        yield (
-            f"batch.global_batch_size = {G}: must be a multiple of batch.micro_batch_size * data-parallel size = "
-            f"{B} * {data_parallel}; {remedy}"
-        )
+        names, sizes = "batch.micro_batch_size * data-parallel size", f"{B} * {data_parallel}"
+        if config.sites > 1:
+            names, sizes = f"{names} * decentral.sites", f"{sizes} * {config.sites}"
+        yield f"batch.global_batch_size = {G}: must be a multiple of {names} = {sizes}; {remedy}"
     elif parallel.pipeline_chunks > 1 and microbatches % parallel.pipeline:
         fitting = at_once * parallel.pipeline * -(-microbatches // parallel.pipeline)
         yield (
@@ -333,7 +336,8 @@ def smallest_world_size(config: Config) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """What follows from the configuration and the number of ranks. Only of combinations that pass `check`."""
+    """What follows from the configuration and the number of ranks (of one site, if there are several). Only of
+    combinations that pass `check`."""
 
     world_size: int
     tensor: int
@@ -366,7 +370,7 @@ class Layout:
             expert_tensor=parallel.expert_tensor,
             data_parallel=data_parallel,
             expert_data_parallel=world_size // _expert_ranks(parallel),
-            microbatches=batch.global_batch_size // (batch.micro_batch_size * data_parallel),
+            microbatches=batch.global_batch_size // (batch.micro_batch_size * data_parallel * config.sites),
             layers_per_chunk=config.model.num_layers // (parallel.pipeline * parallel.pipeline_chunks),
             experts_per_rank=config.model.num_experts // parallel.expert,
         )

@@ -264,6 +264,11 @@ class Config(Section):
         return self.decentral.sites if self.decentral else 1
 
     @property
+    def site_tokens_per_step(self) -> int:
+        """Tokens of an optimizer step that this process's site trains on."""
+        return self.batch.tokens_per_step // self.sites
+
+    @property
     def site_directory(self) -> Path:
         """Where this process's site keeps its run: a folder of its own in the run directory, if there are sites."""
         return self.run.directory / f"site_{self.decentral.site}" if self.decentral else self.run.directory

@@ -1,1 +1,1 @@
-"""Several sites that train one model together."""
+"""Training one model at several sites: how they meet, agree and exchange values."""

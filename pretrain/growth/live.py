@@ -31,7 +31,7 @@ class Grown:
 
 def moving_tensors(shards: Sequence[Shard], optimizer: ShardedOptimizer) -> list[ShardedTensor]:
     """What goes from a model to the one it grows into: fp32 weights and their state, and selection biases."""
-    return optimizer.whole_state() + [shard.sharded() for shard in shards if not shard.logical.trainable]
+    return optimizer.whole_state() + [shard.sharded() for shard in shards if not shard.trainable]
 
 
 def grow_model(

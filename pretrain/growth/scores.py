@@ -34,7 +34,7 @@ def add_scores(scores: Scores, shards: Sequence[Shard], num_experts: int) -> Non
     layers = sorted(scores, key=int)
     norms = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=shards[0].tensor.device)
     for shard in shards:
-        if shard.logical.is_expert and shard.logical.trainable and shard.replica_id == (0, 0, 0):
+        if shard.logical.is_expert and shard.trainable and shard.replica_id == (0, 0, 0):
             gradient = shard.view(shard.tensor.main_grad).flatten(1)  # type: ignore[attr-defined]
             squares = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).square()
             first = shard.offset[0]

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import psutil
 import torch
 
-Phase = Literal["start", "step", "data", "eval", "save", "growth", "skipped", "lost", "restart"]
+Phase = Literal["start", "step", "data", "eval", "save", "growth", "sync", "skipped", "lost", "restart"]
 """Where a second went: process start and restoring; training steps that were kept; waiting for data; validation;
-saving checkpoints; growing the model; steps whose update was skipped; work after the checkpoint that a restart
-went back to; standing still between two processes of the run."""
+saving checkpoints; growing the model; meeting other sites; steps whose update was skipped; work after the checkpoint
+that a restart went back to; standing still between two processes of the run."""
 
 TRAINING: tuple[Phase, ...] = ("step", "data", "skipped")
 """Phases that make up step_seconds."""

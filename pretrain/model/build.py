@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import torch
@@ -81,11 +82,19 @@ def build_chunks(
     precision: str,
     sequence_length: int,
     groups: ProcessGroupCollection,
+    trained: Collection[int] | None = None,
 ) -> list[GPTModel]:
-    """This rank's pipeline chunks, in order, with uninitialised weights (see `pretrain.model.initialise`)."""
+    """This rank's pipeline chunks, in order, with uninitialised weights (see `pretrain.model.initialise`).
+
+    trained: the experts of each layer that train, the others are frozen; None: all train.
+
+    Raises:
+        ConfigError: the backend does not fit, see `choose_backend` and `choose_experts_backend`, or knows no frozen
+            experts.
+    """
     config = transformer_config(model, parallel, precision)
     backend = choose_backend(model, parallel)
-    experts = choose_experts_backend(model, parallel, precision) if model.is_moe else ""
+    experts = _expert_parameters(model, parallel, precision, trained) if model.is_moe else {}
     stage, stages, chunks = groups.pp.rank(), groups.pp.size(), parallel.pipeline_chunks
     built = []
     for chunk in range(chunks):
@@ -110,6 +119,23 @@ def build_chunks(
     return built
 
 
+def _expert_parameters(
+    model: ModelConfig, parallel: ParallelConfig, precision: str, trained: Collection[int] | None
+) -> dict[str, object]:
+    """What our experts are made with; Transformer Engine's take nothing of it."""
+    backend = choose_experts_backend(model, parallel, precision)
+    if backend != "transformer_engine":
+        return {"backend": backend, "trained": trained}
+    if trained is not None:
+        raise ConfigError(
+            [
+                f'model.backend = "{model.backend}": Transformer Engine cannot freeze a part of the experts; set '
+                'model.backend = "native"'
+            ]
+        )
+    return {}
+
+
 def _scale_input(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], *, scale: float) -> tuple[torch.Tensor, ...]:
     """A forward pre-hook that multiplies the first input of a module."""
     hidden, *rest = inputs
@@ -120,7 +146,7 @@ def _block_spec(
     model: ModelConfig,
     config: TransformerConfig,
     backend: BackendSpecProvider,
-    experts: str,
+    experts: Mapping[str, object],
     *,
     vp_stage: int | None,
     stage: int,
@@ -133,7 +159,9 @@ def _block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.layer_norm(rms_norm=True))
 
 
-def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, experts: str, *, is_moe: bool) -> ModuleSpec:
+def _layer_spec(
+    model: ModelConfig, backend: BackendSpecProvider, experts: Mapping[str, object], *, is_moe: bool
+) -> ModuleSpec:
     """One decoder layer: pre-norm attention and pre-norm MLP or experts."""
     fused_norm = backend.fuse_layernorm_and_linear()
     norm = backend.layer_norm(rms_norm=True)
@@ -142,8 +170,7 @@ def _layer_spec(model: ModelConfig, backend: BackendSpecProvider, experts: str, 
         backend, num_experts=model.num_experts if is_moe else None, moe_grouped_gemm=True
     )
     if is_moe:
-        if isinstance(backend, NativeBackend):
-            mlp.submodules.experts.params["backend"] = experts
+        mlp.submodules.experts.params.update(experts)
         plain_sigmoid = model.router.score_function == "sigmoid" and not model.router.normalize_top_k
         mlp.submodules.router = PlainSigmoidRouter if plain_sigmoid else CountingRouter
     return ModuleSpec(

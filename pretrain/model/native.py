@@ -7,6 +7,7 @@ megatron-core's own.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pretrain.model.attention import causal_attention
+from pretrain.model.stacked_weight import StackedWeight
 from pretrain_kernels import Grouped, swiglu_experts
 
 
@@ -65,21 +67,12 @@ class CausalAttention(MegatronModule):
         return causal_attention(query, key, value, scale=self.softmax_scale)
 
 
-class StackedWeight(torch.nn.Module):
-    """The same projection of every local expert as one parameter [E, out, in]."""
-
-    def __init__(self, shape: tuple[int, int, int], config: TransformerConfig) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        # megatron-core's mark for gradients that are reduced over the expert data-parallel group. Set at every
-        # expert-parallel size: with expert tensor parallelism the groups differ even when that size is 1.
-        self.weight.allreduce = False  # type: ignore[attr-defined]
-
-
 class GroupedExperts(MegatronModule):
-    """The routed experts of one layer on this rank."""
+    """The routed experts of one layer on this rank, of which some may be frozen.
+
+    trained: the experts that train, by their number in the whole layer; None: all. Gradients flow through the others,
+    but have no product, no buffer and no optimizer state for their weights.
+    """
 
     def __init__(
         self,
@@ -88,47 +81,59 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         submodules: MLPSubmodules | None = None,
         backend: Literal["auto", "triton", "grouped_mm", "loop"] = "auto",
+        trained: Collection[int] | None = None,
     ) -> None:
         super().__init__(config=config)
         self.backend = backend
         self.groups = pg_collection
         self.num_local_experts = num_local_experts
         D, F_local = config.hidden_size, config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        self.linear_fc1 = StackedWeight((num_local_experts, 2 * F_local, D), config)
-        self.linear_fc2 = StackedWeight((num_local_experts, D, F_local), config)
+        first = num_local_experts * pg_collection.ep.rank()
+        trains = [trained is None or first + expert in trained for expert in range(num_local_experts)]
+        kind = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.linear_fc1 = StackedWeight(torch.empty(num_local_experts, 2 * F_local, D, **kind), trains)
+        self.linear_fc2 = StackedWeight(torch.empty(num_local_experts, D, F_local, **kind), trains)
+        mask = None if all(trains) else torch.tensor(trains, device=kind["device"])
+        self.register_buffer("trainable", mask, persistent=False)
 
     def forward(
         self, x_RD: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Rows grouped by local expert -> (their outputs [R, D], no bias). See `swiglu_experts`."""
         routing = Grouped(tokens_per_expert, permuted_probs)
-        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
-        return swiglu_experts(x_RD, fc1, fc2, routing, backend=self.backend), None
+        fc1, fc2 = self.linear_fc1.stack(), self.linear_fc2.stack()
+        return swiglu_experts(x_RD, fc1, fc2, routing, trainable=self.trainable, backend=self.backend), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, ShardedTensor]:
-        """The stacked weights as boxes of [E, 2, F, D] and [E, D, F] (see `pretrain.model.logical`)."""
+        """The stacked weights as boxes of [E, 2, F, D] and [E, D, F] (see `pretrain.model.logical`), one for each
+        parameter."""
         assert not sharded_offsets, "layers are keyed by their number, not stacked"
-        E_local, D, F_local = self.linear_fc2.weight.shape
         ep, etp = self.groups.ep, self.groups.expt_tp
-        E, F_all = E_local * ep.size(), F_local * etp.size()
-        e, f = E_local * ep.rank(), F_local * etp.rank()
+        E, first = self.num_local_experts * ep.size(), self.num_local_experts * ep.rank()
+        D, F_all = self.config.hidden_size, self.config.moe_ffn_hidden_size
+        F_local = F_all // etp.size()
+        f = F_local * etp.rank()
         replica_id = (0, 0, self.groups.expt_dp.rank())
-
-        def box(
-            name: str, weight: torch.Tensor, shape: tuple[int, ...], offset: tuple[int, ...], local: tuple[int, ...]
-        ) -> ShardedTensor:
-            fragments = tuple(g // s for g, s in zip(shape, local, strict=True))
-            key = f"{prefix}{name}.weight"
-            data = weight.view(local)
-            return ShardedTensor(key, data, data.dtype, local, shape, offset, fragments, replica_id)
-
-        boxes = (
-            box("linear_fc1", self.linear_fc1.weight, (E, 2, F_all, D), (e, 0, f, 0), (E_local, 2, F_local, D)),
-            box("linear_fc2", self.linear_fc2.weight, (E, D, F_all), (e, 0, f), (E_local, D, F_local)),
-        )
-        return {tensor.key: tensor for tensor in boxes}
+        boxes = {}
+        for name, stacked, offset, local, shape in (
+            ("linear_fc1", self.linear_fc1, (0, f, 0), (2, F_local, D), (2, F_all, D)),
+            ("linear_fc2", self.linear_fc2, (0, f), (D, F_local), (D, F_all)),
+        ):
+            for start, weight in stacked.parts():
+                data = weight.view(len(weight), *local)
+                boxes[f"{prefix}{name}.weight@{first + start}"] = ShardedTensor(
+                    key=f"{prefix}{name}.weight",
+                    data=data,
+                    dtype=data.dtype,
+                    local_shape=tuple(data.shape),
+                    global_shape=(E, *shape),
+                    global_offset=(first + start, *offset),
+                    axis_fragmentations=None,
+                    replica_id=replica_id,
+                )
+        return boxes
 
 
 class NativeBackend(BackendSpecProvider):

@@ -41,6 +41,11 @@ class Shard:
         return self.logical.key
 
     @property
+    def trainable(self) -> bool:
+        """Whether it is trained here: no buffer, and no weights of frozen experts."""
+        return self.logical.trainable and self.tensor.requires_grad
+
+    @property
     def counts_in_norm(self) -> bool:
         """Whether this rank's data-parallel group is the one that counts the box: not a tensor-parallel or
         pipeline copy of it. (Sum over these shards, once per data-parallel group, covers each entry once.)"""
@@ -60,13 +65,15 @@ class Shard:
             local_shape=tuple(data.shape),
             global_shape=self.logical.shape,
             global_offset=self.offset,
-            axis_fragmentations=tuple(g // s for g, s in zip(self.logical.shape, self.shape, strict=True)),
+            axis_fragmentations=None,
             replica_id=self.replica_id,
         )
 
 
 def collect_shards(chunks: Sequence[GPTModel], model: ModelConfig, groups: ProcessGroupCollection) -> list[Shard]:
     """Shards of all weights and persistent buffers of this rank's model chunks, in the model's order.
+
+    Weights of experts of which some are frozen are several shards of one key, by their first expert.
 
     Raises:
         AssertionError: a parameter that no logical tensor describes, or that fills another box than described.
@@ -116,6 +123,9 @@ def _locate(
     if located.prepend_axis_num:
         # One parameter per expert: a box of extent one along the axes that megatron-core prepends.
         shape = (1,) * located.prepend_axis_num + shape[located.prepend_axis_num :]
+    elif logical.is_expert:
+        # Experts that train and frozen ones are parameters apart.
+        shape = (located.local_shape[0], *shape[1:])
     assert math.prod(shape) == tensor.numel(), f"{logical.key}: box {shape} for a tensor of {tuple(tensor.shape)}"
     offset = _unravel(located.global_offset, located.global_shape, logical)
     return Shard(logical, offset, shape, tensor, tuple(located.replica_id))

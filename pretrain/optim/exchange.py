@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -36,30 +37,44 @@ def spread(
     for tensor, owner in zip(tensors, owners, strict=True):
         lanes_of[tensor.dtype][owner].append(tensor.view(-1))
     for lanes in lanes_of.values():
-        _gather_lanes(lanes, group, max(1, gather_numel // size))
+        gather_lanes(lanes, int(get_pg_rank(group)), max(1, gather_numel // size), partial(_all_gather, group=group))
 
 
-def _gather_lanes(lanes: list[list[torch.Tensor]], group: ProcessGroup | None, chunk: int) -> None:
-    """`lanes[r]` are the flat tensors rank r owns; fill everyone else's, `chunk` elements of each lane at a time."""
-    rank = get_pg_rank(group)
+def gather_lanes(
+    lanes: Sequence[Sequence[torch.Tensor]],
+    rank: int,
+    chunk: int,
+    all_gather: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    *,
+    host: bool = False,
+) -> None:
+    """`lanes[r]` are the flat tensors rank r owns; fill everyone else's, `chunk` elements of each lane at a time.
+
+    all_gather: a tensor of this rank -> those of all ranks, in order. `host`: it takes tensors on the CPU, wherever the
+    lanes are.
+    """
     longest = max(sum(flat.numel() for flat in lane) for lane in lanes)
     chunk = min(chunk, longest)
     like = next(flat for lane in lanes for flat in lane)
-    received = like.new_empty(len(lanes), chunk)
     # Lanes that are shorter are padded with whatever is in the buffer.
-    sent = like.new_empty(chunk)
+    sent = like.new_empty(chunk, device="cpu" if host else None)
     for start in range(0, longest, chunk):
-        pieces = [list(_window(lane, start, start + chunk)) for lane in lanes]
+        pieces = [list(window(lane, start, start + chunk)) for lane in lanes]
+        numels = [[piece.numel() for piece in lane] for lane in pieces]
         if pieces[rank]:
-            torch.cat(pieces[rank], out=sent[: sum(piece.numel() for piece in pieces[rank])])
-        dist.all_gather(list(received.unbind()), sent, group=group)
-        for other, row in enumerate(received):
+            torch._foreach_copy_(list(sent[: sum(numels[rank])].split(numels[rank])), pieces[rank])
+        for other, row in enumerate(all_gather(sent)):
             if other != rank and pieces[other]:
-                numels = [piece.numel() for piece in pieces[other]]
-                torch._foreach_copy_(pieces[other], list(row[: sum(numels)].split(numels)))
+                torch._foreach_copy_(pieces[other], list(row[: sum(numels[other])].split(numels[other])))
 
 
-def _window(lane: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[torch.Tensor]:
+def _all_gather(tensor: torch.Tensor, *, group: ProcessGroup | None) -> list[torch.Tensor]:
+    received = tensor.new_empty(get_pg_size(group), len(tensor))
+    dist.all_gather(list(received.unbind()), tensor, group=group)
+    return list(received.unbind())
+
+
+def window(lane: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[torch.Tensor]:
     """Views of the elements [start, stop) of flat tensors laid end to end."""
     position = 0
     for flat in lane:

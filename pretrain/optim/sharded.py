@@ -67,7 +67,7 @@ class _Family:
 class ShardedOptimizer:
     """An optimizer over this rank's shards, with state sharded over the data-parallel ranks.
 
-    shards: all shards of this rank; those of buffers that are not trained are left alone.
+    shards: all shards of this rank; those that are not trained, buffers and frozen experts, are left alone.
     groups: of its fields, `tp` and `dp_cp` serve dense weights, `expt_tp` and `expt_dp` experts. A group may be None
     when torch.distributed is not initialised. All ranks build the optimizer together.
     ages: which growth brought an entry in; None: none did.
@@ -88,7 +88,7 @@ class ShardedOptimizer:
         self._ages = ages
         self._rules = make_rules(config, groups)
         self._parallel = TensorParallel(groups)
-        self._shards = [shard for shard in shards if shard.logical.trainable]
+        self._shards = [shard for shard in shards if shard.trainable]
         assert len({(s.key, s.offset) for s in self._shards}) == len(self._shards), "a box is listed twice"
         self._device = self._shards[0].tensor.device
         self._families = [
@@ -128,6 +128,11 @@ class ShardedOptimizer:
         return StepResult(norm, clipped=clipped, skipped=False)
 
     @property
+    def slots(self) -> Sequence[Slot]:
+        """The shards this rank owns, dense ones first, with masters and state."""
+        return self._slots
+
+    @property
     def wants_curvature(self) -> bool:
         """Whether `estimate_curvature` comes before the next update."""
         rule = self._rules.get("sophia")
@@ -162,7 +167,7 @@ class ShardedOptimizer:
         replica, the owner's; copies by tensor or pipeline parallelism are listed as further replicas.
         """
         masters = [
-            _located(slot.shard, slot.master, state_key("master", slot.shard.key))
+            located(slot.shard, slot.master, state_key("master", slot.shard.key))
             for slot in self._slots
             if _has_master(slot.shard)
         ]
@@ -174,7 +179,7 @@ class ShardedOptimizer:
         Of each weight this rank owns: the weight itself (its master if it has one) under its own key, and the states
         under their `state_key`, with replicas as in `named_state`. `load_finished` makes the parameters follow.
         """
-        return [*(_located(slot.shard, slot.master, slot.shard.key) for slot in self._slots), *self._located_states()]
+        return [*(located(slot.shard, slot.master, slot.shard.key) for slot in self._slots), *self._located_states()]
 
     def state_dict(self) -> dict[str, Any]:
         """What is no tensor: the kind and the number of updates so far. JSON types only."""
@@ -197,6 +202,15 @@ class ShardedOptimizer:
         """Take over `state_dict()`. Raises CheckpointError if it is another optimizer's."""
         if not self.is_other(state):
             self._steps = int(state["step"])
+
+    @torch.no_grad()
+    def begin_again(self) -> None:
+        """Forget all state, and take the masters from the parameters as they are."""
+        for slot in self._slots:
+            if _has_master(slot.shard):
+                slot.master.copy_(slot.shard.tensor)
+            for tensor in slot.state.values():
+                tensor.zero_()
 
     @torch.no_grad()
     def load_finished(self) -> None:
@@ -250,7 +264,7 @@ class ShardedOptimizer:
         """A state as its box of the logical state tensor."""
         shard, data = slot.shard, slot.state[state.name]
         if state.is_like(shard.logical):
-            return _located(shard, data, state.tensor.key)
+            return located(shard, data, state.tensor.key)
         offset, shape = state.box(shard.logical, shard.offset, shard.shape)
         pipeline, tensor_index, _ = shard.replica_id
         axis = self._parallel.axis(shard)
@@ -264,7 +278,7 @@ class ShardedOptimizer:
             local_shape=tuple(shape),
             global_shape=state.tensor.shape,
             global_offset=tuple(offset),
-            axis_fragmentations=tuple(g // s for g, s in zip(state.tensor.shape, shape, strict=True)),
+            axis_fragmentations=None,
             replica_id=(pipeline, tensor_index, 0),
         )
 
@@ -329,7 +343,7 @@ def _zeros(state: State, shard: Shard, master: torch.Tensor) -> torch.Tensor:
     return torch.zeros(state.box(shard.logical, shard.offset, shard.shape)[1], device=master.device)
 
 
-def _located(shard: Shard, tensor: torch.Tensor, key: str) -> ShardedTensor:
+def located(shard: Shard, tensor: torch.Tensor, key: str) -> ShardedTensor:
     """As `Shard.sharded`, but the owner is the only data-parallel rank that has the tensor, so it is number 0."""
     pipeline, tensor_index, _ = shard.replica_id
     return replace(shard.sharded(tensor, key=key), replica_id=(pipeline, tensor_index, 0))

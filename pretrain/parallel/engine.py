@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from pretrain.config.schema import BatchConfig, Config
 from pretrain.model.build import build_chunks
 from pretrain.model.initialise import initialise
 from pretrain.model.shards import Shard, collect_shards
+from pretrain.model.stacked_weight import StackedWeight
 from pretrain.parallel.mesh import Mesh
 
 Batch = Mapping[str, torch.Tensor]
@@ -34,11 +35,15 @@ class Engine:
     shards: list[Shard]
     mesh: Mesh
     batch: BatchConfig
+    sites: int = 1
+    """How many share a global batch; this is one of them."""
+    trained: Collection[int] | None = None
+    """The experts of each layer that train here; None: all."""
 
     @property
     def microbatches(self) -> int:
         """Forward passes per rank and optimizer step."""
-        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.mesh.data_size)
+        return self.batch.global_batch_size // (self.batch.micro_batch_size * self.mesh.data_size * self.sites)
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
@@ -46,7 +51,8 @@ class Engine:
             chunk.zero_grad_buffer()
 
     def forward_backward(self, microbatches: Iterator[Batch]) -> torch.Tensor:
-        """Mean loss over a global batch, its gradients left in every parameter's `main_grad`, reduced over all ranks.
+        """Mean loss over a global batch (with several sites, this one's part), its gradients left in the `main_grad` of
+        every parameter that trains, reduced over all ranks.
 
         Args:
             microbatches: this rank's micro-batches: tokens and labels [B, S].
@@ -143,10 +149,18 @@ class Engine:
         return total
 
 
-def build_engine(config: Config, mesh: Mesh, *, fill: Callable[[list[Shard]], None] | None = None) -> Engine:
+def build_engine(
+    config: Config,
+    mesh: Mesh,
+    *,
+    fill: Callable[[list[Shard]], None] | None = None,
+    trained: Collection[int] | None = None,
+) -> Engine:
     """Build and wrap this rank's chunks.
 
     `fill` gives the weights and biases their values (default: the initial ones). Gradients get their memory after it.
+    `trained`: the experts of each layer, by number, that train here; None: all. The others have weights and nothing
+    else.
     """
     chunks = build_chunks(
         config.model,
@@ -154,6 +168,7 @@ def build_engine(config: Config, mesh: Mesh, *, fill: Callable[[list[Shard]], No
         precision=config.run.precision,
         sequence_length=config.batch.sequence_length,
         groups=mesh.groups,
+        trained=trained,
     )
     megatron = chunks[0].config
     modules: list[torch.nn.Module] = [chunk.to(mesh.device) for chunk in chunks]
@@ -179,11 +194,14 @@ def build_engine(config: Config, mesh: Mesh, *, fill: Callable[[list[Shard]], No
         )
         for index, module in enumerate(modules)
     ]
+    for module in (module for chunk in wrapped for module in chunk.modules()):
+        if isinstance(module, StackedWeight):
+            module.check_views()
     megatron.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
         syncs = [chunk.no_sync for chunk in wrapped]
         megatron.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-    return Engine(chunks, wrapped, shards, mesh, config.batch)
+    return Engine(chunks, wrapped, shards, mesh, config.batch, config.sites, trained)
 
 
 def _forward_step(

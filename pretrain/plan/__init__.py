@@ -4,7 +4,8 @@ Needs neither torch nor megatron-core nor any device, so it answers in a second 
 """
 
 from pretrain.plan.numbers import GrowthMemory, GrowthPlan, Plan, StagePlan, make_plan
-from pretrain.plan.text import binary_bytes, format_plan, quantity, scientific
+from pretrain.plan.tables import binary_bytes, decimal_bytes, quantity, scientific
+from pretrain.plan.text import format_plan
 
 __all__ = [
     "GrowthMemory",
@@ -12,6 +13,7 @@ __all__ = [
     "Plan",
     "StagePlan",
     "binary_bytes",
+    "decimal_bytes",
     "format_plan",
     "make_plan",
     "quantity",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pretrain.config.ownership import trained_experts
 from pretrain.config.rules import Layout
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.model.counts import local_tokens
@@ -46,26 +47,26 @@ def rank_memory(config: Config, layout: Layout) -> RankMemory:
 
 
 def _stage_memory(config: Config, layout: Layout, rank: int) -> RankMemory:
-    sizes: dict[MeshAxis, int] = {
-        "tensor": layout.tensor,
-        "expert": layout.expert,
-        "expert_tensor": layout.expert_tensor,
-    }
     tensors = _stage_tensors(config.model, layout, rank)
-    numel = sum(math.prod(tensor.local_shape(sizes)) for tensor in tensors)
+    boxes = trained_boxes(config, layout, rank)
     width = BYTES_PER_VALUE[config.run.precision]
     return RankMemory(
         pipeline_rank=rank,
-        weights=width * numel,
-        gradients=FP32_BYTES * numel,  # gradients are summed over micro-batches and ranks in fp32
-        optimizer=_optimizer_bytes(config, layout, tensors, sizes),
+        weights=width * sum(math.prod(tensor.local_shape(shard_sizes(layout))) for tensor in tensors),
+        gradients=FP32_BYTES * sum(box.numel for box in boxes),  # summed over micro-batches and ranks in fp32
+        optimizer=_optimizer_bytes(layout, boxes),
         activations=_activation_bytes(config, layout, rank),
         logits=_logit_bytes(config, layout, rank),
     )
 
 
+def shard_sizes(layout: Layout) -> dict[MeshAxis, int]:
+    """How many parts each parallel dimension cuts its axes into."""
+    return {"tensor": layout.tensor, "expert": layout.expert, "expert_tensor": layout.expert_tensor}
+
+
 def _stage_tensors(model: ModelConfig, layout: Layout, rank: int) -> list[LogicalTensor]:
-    """Trained weights on one pipeline rank; a tied embedding has a copy where the output layer is."""
+    """Weights on one pipeline rank; a tied embedding has a copy where the output layer is."""
     layers = set(layout.stage_layers(rank))
     first, last = rank == 0, rank == layout.pipeline - 1
 
@@ -79,32 +80,57 @@ def _stage_tensors(model: ModelConfig, layout: Layout, rank: int) -> list[Logica
     return [tensor for tensor in logical_tensors(model) if tensor.trainable and held(tensor)]
 
 
-def _optimizer_bytes(
-    config: Config, layout: Layout, tensors: Iterable[LogicalTensor], sizes: Mapping[MeshAxis, int]
-) -> int:
-    """Masters and states on the data-parallel rank that owns the most.
+@dataclass(frozen=True)
+class Box:
+    """The part of a logical tensor that is one trained parameter of a rank."""
 
-    Each shard is owned whole by one rank of the group that replicates it, dealt largest first to the emptiest. (What
-    needs arithmetic, as Muon's matrices, the optimizer deals by that first; for equal matrices that is the same.)
-    """
+    numel: int
+    state_bytes: int
+    """Master and states, on the rank that owns it."""
+    is_expert: bool
+
+
+def trained_boxes(config: Config, layout: Layout, rank: int) -> list[Box]:
+    """What one pipeline rank trains; under `decentral.kind = "spes"` each of its site's experts is a box of its own."""
+    trained = trained_experts(config)
+    boxes = []
+    for tensor in _stage_tensors(config.model, layout, rank):
+        shape, count = tensor.local_shape(shard_sizes(layout)), 1
+        if tensor.is_expert and trained is not None:
+            # Every expert-parallel rank has as many of them.
+            count = len(trained) // layout.expert
+            shape = tuple(1 if axis == "expert" else size for axis, size in zip(tensor.axes, shape, strict=True))
+        boxes += [_box(config, tensor, shape)] * count
+    return boxes
+
+
+def _box(config: Config, tensor: LogicalTensor, shape: Sequence[int]) -> Box:
+    states = states_of(tensor, route(tensor, config.optim).rule, config.optim)
     master = config.run.precision == "bf16"  # fp32 weights are their own masters
-    dense: list[int] = []
-    expert: list[int] = []
-    for tensor in tensors:
-        shape = tensor.local_shape(sizes)
-        states = states_of(tensor, route(tensor, config.optim).rule, config.optim)
-        held = FP32_BYTES * (master * math.prod(shape) + state_numel(states, tensor, shape))
-        (expert if tensor.is_expert else dense).append(held)
-    return _largest_share(dense, layout.data_parallel * layout.context) + _largest_share(
-        expert, layout.expert_data_parallel
-    )
+    values = master * math.prod(shape) + state_numel(states, tensor, shape)
+    return Box(math.prod(shape), FP32_BYTES * values, tensor.is_expert)
 
 
-def _largest_share(sizes: Iterable[int], owners: int) -> int:
-    loads = [0] * owners
-    for size in sorted(sizes, reverse=True):
-        heapq.heapreplace(loads, loads[0] + size)
-    return max(loads)
+def owned_boxes(layout: Layout, boxes: Iterable[Box], *, experts: bool) -> list[list[Box]]:
+    """The boxes of each data-parallel rank, dense ones or those of experts.
+
+    Each is owned whole by one rank of the group that replicates it, dealt largest first to the emptiest. (What needs
+    arithmetic, as Muon's matrices, the optimizer deals by that first; for equal matrices that is the same.)
+    """
+    owners = layout.expert_data_parallel if experts else layout.data_parallel * layout.context
+    owned: list[list[Box]] = [[] for _ in range(owners)]
+    loads = [(0, owner) for owner in range(owners)]
+    for box in sorted((box for box in boxes if box.is_expert == experts), key=lambda box: -box.state_bytes):
+        load, owner = loads[0]
+        owned[owner].append(box)
+        heapq.heapreplace(loads, (load + box.state_bytes, owner))
+    return owned
+
+
+def _optimizer_bytes(layout: Layout, boxes: Sequence[Box]) -> int:
+    """Masters and states on the data-parallel rank that owns the most."""
+    families = (owned_boxes(layout, boxes, experts=experts) for experts in (False, True))
+    return sum(max(sum(box.state_bytes for box in mine) for mine in owned) for owned in families)
 
 
 def _activation_bytes(config: Config, layout: Layout, rank: int) -> int:

@@ -27,6 +27,7 @@ from pretrain.model.counts import (
     tokens_per_expert,
 )
 from pretrain.optim.routing import check_routes
+from pretrain.plan.decentral import DecentralPlan, plan_decentral
 from pretrain.plan.memory import RankMemory, rank_memory
 from pretrain.plan.optimizer import OptimizerPlan, plan_optimizer
 
@@ -90,6 +91,7 @@ class Plan:
     """Stages of a run in order, and what is common to them."""
 
     world_size: int
+    """Ranks, of each site if there are several."""
     precision: str
     tokens_per_step: int
     steps: int
@@ -105,6 +107,7 @@ class Plan:
     """The same with 6 * active parameters * tokens, as the papers on growth count (arXiv 2602.02472, table 2)."""
     stages: tuple[StagePlan, ...]
     optimizer: OptimizerPlan
+    decentral: DecentralPlan | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
@@ -113,6 +116,8 @@ class Plan:
             row["memory"]["total"] = stage.memory.total
             if stage.growth:
                 row["growth"]["memory"]["total"] = stage.growth.memory.total
+        if self.decentral:
+            plan["decentral"] = self.decentral.to_json()
         return plan
 
 
@@ -120,7 +125,8 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
     """Check the configuration and derive its numbers.
 
     Args:
-        world_size: ranks; without it, the fewest that the layouts of all stages fit on.
+        world_size: ranks, of one site if there are several; without it, the fewest that the layouts of all stages fit
+            on.
 
     Raises:
         ConfigError: with every rule that is broken.
@@ -155,6 +161,7 @@ def make_plan(config: Config, world_size: int | None = None) -> Plan:
         saved_6nd=1 - flops_6nd / scratch_6nd,
         stages=planned,
         optimizer=plan_optimizer(config, run[-1].config.model, tokens),
+        decentral=plan_decentral(config, Layout.of(config, world_size)),
     )
 
 

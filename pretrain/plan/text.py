@@ -6,29 +6,32 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from pretrain.config.rules import Layout
+from pretrain.plan.decentral_text import decentral_tables
 from pretrain.plan.memory import RankMemory
 from pretrain.plan.numbers import Plan, StagePlan
 from pretrain.plan.optimizer import OptimizerPlan
-
-Row = tuple[str, str, str]
-"""Name, value, remark."""
+from pretrain.plan.tables import Row, align, binary_bytes, grid, quantity, scientific
 
 
 def format_plan(plan: Plan) -> str:
     """The plan as a table for a terminal."""
     ranks = "1 rank" if plan.world_size == 1 else f"{plan.world_size} ranks"
+    if plan.decentral:
+        ranks = f"{'1 site' if plan.decentral.sites == 1 else f'{plan.decentral.sites} sites'} of {ranks}"
     lines = [
         f"{ranks}, {plan.precision}: {plan.steps:,} steps of {quantity(plan.tokens_per_step)} tokens, "
         f"{quantity(plan.tokens)} tokens, {scientific(plan.total_flops)} FLOPs"
     ]
     if len(plan.stages) == 1:
         for title, rows in _stage_rows(plan.stages[0]).items():
-            lines += ["", title, *_align(rows)]
+            lines += ["", title, *align(rows)]
+        if plan.decentral:
+            lines += ["", *decentral_tables(plan, plan.decentral)]
         return "\n".join([*lines, "", *_optimizer_table(plan.optimizer)])
     lines += ["", *_stage_table(plan.stages)]
     for before, after in itertools.pairwise(plan.stages):
         tokens = quantity(after.start_step * plan.tokens_per_step)
-        lines += ["", f"Growth at step {after.start_step:,}, {tokens} tokens", *_align(_growth_rows(before, after))]
+        lines += ["", f"Growth at step {after.start_step:,}, {tokens} tokens", *align(_growth_rows(before, after))]
     return "\n".join([*lines, "", *_compute_table(plan), "", *_optimizer_table(plan.optimizer)])
 
 
@@ -134,7 +137,7 @@ def _stage_table(stages: Sequence[StagePlan]) -> list[str]:
         # Growth adds parts that the first stages do not have.
         names = dict.fromkeys(name for column in columns for name in column[title])
         rows += [(f"  {name}", [column[title].get(name, "-") for column in columns]) for name in names]
-    return _grid("", header, rows)
+    return grid("", header, rows)
 
 
 def _stage_column(stage: StagePlan) -> dict[str, dict[str, str]]:
@@ -200,7 +203,7 @@ def _growth_rows(before: StagePlan, after: StagePlan) -> list[Row]:
 
 def _compute_table(plan: Plan) -> list[str]:
     """What the run costs, and what the final model would have cost from the first token on."""
-    return _grid(
+    return grid(
         "Compute",
         ["exact", "6 N_active D"],
         [
@@ -218,7 +221,7 @@ def _optimizer_table(optimizer: OptimizerPlan) -> list[str]:
         ("  tokens per step", (optimizer.tokens_per_step, optimizer.published_tokens_per_step), ""),
         *((f"  {key.key}", (key.value, key.published), key.remark) for key in optimizer.keys),
     ]
-    grid = _grid(
+    lines = grid(
         "",
         [
             f"{quantity(optimizer.model_size)} at {optimizer.ratio:.3g}x",
@@ -229,7 +232,7 @@ def _optimizer_table(optimizer: OptimizerPlan) -> list[str]:
     remarks = ["", *(remark for _, _, remark in rows)]
     return [
         f"Optimizer {optimizer.kind}: learning rates, and what else differs from the nearest published settings{loss}",
-        *(f"{line}  {remark}".rstrip() for line, remark in zip(grid, remarks, strict=True)),
+        *(f"{line}  {remark}".rstrip() for line, remark in zip(lines, remarks, strict=True)),
         *(f"  {note}" for note in optimizer.notes),
     ]
 
@@ -241,50 +244,3 @@ def _setting(value: bool | float | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _grid(title: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Columns of values, each aligned at its right end, below their headers."""
-    all_rows = [(title, header), *rows]
-    name_width = max(len(name) for name, _ in all_rows)
-    width = 2 + max(len(value) for _, values in all_rows for value in values)
-    return [
-        f"{name:<{name_width}}{''.join(value.rjust(width) for value in values)}".rstrip() for name, values in all_rows
-    ]
-
-
-def _align(rows: Sequence[Row]) -> list[str]:
-    """Two-space indent, names padded to one width, values of three columns padded to another."""
-    name_width = max(len(name) for name, _, _ in rows)
-    value_width = max((len(value) for _, value, remark in rows if remark), default=0)
-    lines = []
-    for name, value, remark in rows:
-        head = f"  {name:<{name_width}}  " if name_width else "  "
-        lines.append(f"{head}{value:<{value_width}}  {remark}".rstrip())
-    return lines
-
-
-def quantity(value: float) -> str:
-    """A count with four significant digits from a million on: `2.563 B`, `449.5 M`, `1,024`."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= size:
-            return f"{_four_digits(value / size)} {unit}"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def scientific(value: float) -> str:
-    """A large number in powers of ten: `5.39e20`."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def binary_bytes(value: float) -> str:
-    """Bytes in the largest binary unit below them: `45.0 GiB`, `12.3 MiB`."""
-    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"
-
-
-def _four_digits(value: float) -> str:
-    return f"{value:.3f}" if value < 10 else f"{value:.2f}" if value < 100 else f"{value:.1f}"

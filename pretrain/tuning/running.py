@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.config.load import load_config
+from pretrain.config.load import changed_keys, load_config
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.metrics.jsonl import read_jsonl
 from pretrain.metrics.recorder import EVENTS_FILE
-from pretrain.run import changed_keys
 from pretrain.run_directory import CONFIG_FILE
 
 LOG_FILE = "output.txt"

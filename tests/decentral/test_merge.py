@@ -63,7 +63,7 @@ def diversify(engine: Engine) -> None:
 def slots_of(engine: Engine, config: Config) -> list[Slot]:
     """Those of experts that this rank owns. In bf16, masters get digits that the weights do not have."""
     optimizer = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups)
-    slots = [slot for slot in optimizer._slots if slot.shard.logical.is_expert]
+    slots = [slot for slot in optimizer.slots if slot.shard.logical.is_expert]
     if config.run.precision == "bf16":
         for slot in slots:
             shard = slot.shard
@@ -352,7 +352,7 @@ def split(engine: Engine) -> Engine:
     def parts(shard: Shard) -> Iterator[Shard]:
         start = 0
         for size in (1, 2, 1) * (shard.shape[0] // 4):
-            tensor = shard.tensor.detach()[start : start + size]
+            tensor = shard.tensor.detach()[start : start + size].requires_grad_()
             offset = (shard.offset[0] + start, *shard.offset[1:])
             yield replace(shard, tensor=tensor, offset=offset, shape=(size, *shard.shape[1:]))
             start += size
@@ -465,6 +465,6 @@ def test_every_layout_merges_as_one_process_does(size: int) -> None:
 def test_a_weight_that_is_no_expert_is_refused() -> None:
     config = configuration()
     with single_process(), engine_of(config) as engine:
-        slot = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups)._slots[0]
+        slot = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups).slots[0]
         with pytest.raises(AssertionError, match=r"no experts of this rank: .*embedding"):
             merged(engine, config.model, MERGE, STEP, slots=[slot], bucket_bytes=BUCKET)

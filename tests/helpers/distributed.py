@@ -19,7 +19,7 @@ from tests.helpers.forks import forks
 TIMEOUT = timedelta(seconds=120)
 
 
-def _rank_main(
+def rank_main(
     rank: int,
     fn: Callable[..., Any],
     world_size: int,
@@ -27,6 +27,7 @@ def _rank_main(
     args: tuple[Any, ...],
     environment: Mapping[str, str],
 ) -> None:
+    """A process: join the group of `directory`, call `fn(*args)`, and leave its result or its traceback there."""
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            forks().Process(target=_rank_main, args=(rank, fn, world_size, directory, args, dict(os.environ)))
+            forks().Process(target=rank_main, args=(rank, fn, world_size, directory, args, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:

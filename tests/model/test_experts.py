@@ -84,9 +84,9 @@ def test_backend_of_the_configuration_reaches_the_layer(
     asked_for = []
     swiglu_experts = native.swiglu_experts
 
-    def recorded(*tensors: object, backend: str) -> torch.Tensor:
+    def recorded(*tensors: object, backend: str, **options: object) -> torch.Tensor:
         asked_for.append(backend)
-        return swiglu_experts(*tensors, backend=backend)
+        return swiglu_experts(*tensors, backend=backend, **options)
 
     monkeypatch.setattr(native, "swiglu_experts", recorded)
     rows = torch.zeros(8, dtype=torch.int64)

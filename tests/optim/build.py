@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -116,10 +117,26 @@ def make_shards(model: ModelConfig, layout: Layout, *, dtype: torch.dtype = torc
     return [make_shard(logical, layout, dtype=dtype) for logical in logical_tensors(model)]
 
 
-def set_grads(shards: list[Shard], tag: str, scale: float = 1.0) -> None:
-    """Give every trainable parameter its part of a random gradient that depends on key and `tag`."""
+def freeze_experts(shards: list[Shard], trained: Collection[int]) -> list[Shard]:
+    """The shards with experts cut into one for each run that trains, all in `trained`, or is frozen."""
+    found = []
     for shard in shards:
-        if shard.logical.trainable:
+        first = shard.offset[0]
+        experts = range(first, first + shard.shape[0]) if shard.logical.is_expert else ()
+        found += [] if experts else [shard]
+        for trains, members in itertools.groupby(experts, key=lambda expert: expert in trained):
+            mine = list(members)
+            part = shard.tensor.detach()[mine[0] - first : mine[-1] + 1 - first]
+            offset, shape = (mine[0], *shard.offset[1:]), (len(mine), *shard.shape[1:])
+            tensor = torch.nn.Parameter(part, requires_grad=trains)
+            found.append(replace(shard, offset=offset, shape=shape, tensor=tensor))
+    return found
+
+
+def set_grads(shards: list[Shard], tag: str, scale: float = 1.0) -> None:
+    """Give every parameter that trains its part of a random gradient that depends on key and `tag`."""
+    for shard in shards:
+        if shard.trainable:
             box = full_value(shard.logical, f"grad {tag}", scale)[_slices(shard.offset, shard.shape)]
             shard.tensor.main_grad = box.reshape(shard.tensor.shape).clone()
 

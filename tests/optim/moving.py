@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,7 +42,7 @@ def train(optimizer: ShardedOptimizer, shards: Sequence, steps: range) -> None:
     """Steps with gradients that half a matrix has none of (step 1), and an expert (step 2)."""
     for step in steps:
         for shard in shards:
-            if shard.logical.trainable:
+            if shard.trainable:
                 grad = full_value(shard.logical, f"grad {step}")
                 if step == 1 and shard.key.endswith("0.mlp.linear_fc1.weight"):
                     grad[:, : grad.shape[1] // 2] = 0
@@ -51,10 +52,10 @@ def train(optimizer: ShardedOptimizer, shards: Sequence, steps: range) -> None:
         optimizer.step(1.0 - step / 20)
 
 
-def straight(kind: str, dtype: torch.dtype, steps: int = STEPS) -> Tensors:
-    """Weights and states of a run on one process."""
+def straight(kind: str, dtype: torch.dtype, steps: int = STEPS, **keys: Any) -> Tensors:
+    """Weights and states of a run on one process. `keys`: of the optimizer."""
     shards = make_shards(MOE, Layout(), dtype=dtype)
-    optimizer = ShardedOptimizer(shards, config_of(kind), make_groups(Layout()))
+    optimizer = ShardedOptimizer(shards, config_of(kind, **keys), make_groups(Layout()))
     train(optimizer, shards, range(steps))
     return {tensor.key: tensor.data for tensor in optimizer.whole_state()}
 

@@ -1,0 +1,33 @@
+"""Whether the sites really have the same after a round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+from pretrain.decentral.transport import Round
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Hash of the bytes of contiguous tensors, in order: uint8 [32] on the host."""
+    found = hashlib.blake2b(digest_size=32)
+    for tensor in tensors:
+        found.update(tensor.detach().view(-1).view(torch.uint8).cpu().numpy().data)
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
+
+def check_same(round_: Round, mine: torch.Tensor) -> None:
+    """Compare digests with the ranks of this number at the other members.
+
+    Raises RuntimeError, naming the sites that differ from the first, and RoundError when a member has failed meanwhile.
+    """
+    digests = round_.all_gather(mine)
+    differing = [
+        site for site, other in zip(round_.members, digests, strict=True) if not torch.equal(other, digests[0])
+    ]
+    if differing:
+        raise RuntimeError(
+            f"after the round, site {', '.join(map(str, differing))} has other weights than site {round_.members[0]}"
+        )
