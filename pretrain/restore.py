@@ -46,6 +46,9 @@ from pretrain.run import (
     schedule_of,
 )
 
+# Keys that decide which tensors a checkpoint has, and how much of them.
+SHAPING = ("model.", "optim.", "run.precision", "decentral.kind", "decentral.site")
+
 
 @contextmanager
 def restore_or_build(config: Config, meshes: Meshes, clock: RunClock) -> Iterator[tuple[Run, TrainState]]:
@@ -152,7 +155,7 @@ def _restore(
         read_checkpoint(path, tensors, leave_out=left_out, group=ranks.group)
     except CheckpointError as error:
         # The tensors that do not fit follow from a few keys.
-        causes = [change for change in changed if change.startswith(("model.", "optim.", "run.precision"))]
+        causes = [change for change in changed if change.startswith(SHAPING)]
         raise CheckpointError("; ".join([*causes, str(error)])) from error
     optimizer.load_finished()
     if outer and not has_outer:

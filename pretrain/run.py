@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +28,9 @@ from pretrain.growth.maps import ages
 from pretrain.metrics.moe import BalanceWindow
 from pretrain.metrics.recorder import Recorder
 from pretrain.metrics.throughput import RunClock
+from pretrain.model.logical import logical_tensors
 from pretrain.optim.ages import Ages
+from pretrain.optim.routing import expert_state_keys
 from pretrain.optim.rules import Slot
 from pretrain.optim.schedule import Schedule, Schedules
 from pretrain.optim.sharded import ShardedOptimizer
@@ -125,9 +128,13 @@ class Run:
             state.recorder = self.recorder.state_dict()
         if self.outer:
             state.decentral = {**state.decentral, "outer": True}
-        tensors = checkpoint_tensors(self.engine, self.optimizer, self.outer)
         self.checkpoints.save(
-            state.step, tensors, state=asdict(state), config_toml=dump_config(self.written), grown=grown
+            state.step,
+            checkpoint_tensors(self.engine, self.optimizer, self.outer),
+            state=asdict(state),
+            config_toml=dump_config(self.written),
+            partial_keys=partial_keys(self.config, self.engine.trained),
+            grown=grown,
         )
 
     def valid_loss(self) -> float:
@@ -155,6 +162,13 @@ def checkpoint_tensors(
     """What a checkpoint holds beside the state: weights, selection biases, tensors of both optimizers."""
     tensors = [shard.sharded() for shard in engine.shards] + optimizer.named_state()
     return tensors + (outer.named_state() if outer else [])
+
+
+def partial_keys(config: Config, trained: Collection[int] | None) -> frozenset[str]:
+    """What a checkpoint holds of the experts `trained` alone, unless these are all (None): their optimizer tensors."""
+    if trained is None:
+        return frozenset()
+    return expert_state_keys(logical_tensors(config.model), config.optim)
 
 
 def shared_slots(config: Config, optimizer: ShardedOptimizer) -> list[Slot]:

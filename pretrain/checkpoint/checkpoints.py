@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -101,10 +101,12 @@ class Checkpoints:
         *,
         state: Mapping[str, object],
         config_toml: str,
+        partial_keys: Collection[str] = (),
         grown: bool = False,
     ) -> None:
         """Write the checkpoint of `step`, then remove those that retention no longer wants.
 
+        `partial_keys`: see `write_checkpoint`.
         `grown`: the model grew after `step`; this checkpoint stands beside the one of `step` and is the newer.
 
         With `asynchronous`, returns when the tensors are copied to host memory (one copy, kept for the next time: a
@@ -117,7 +119,8 @@ class Checkpoints:
             state = json.loads(to_json(dict(state)))
             if self.config.asynchronous:
                 tensors = self._copy_to_host(tensors)
-        work = partial(self._save, Moment(step, grown), tensors, state=state, config_toml=config_toml, started=started)
+        write = partial(write_checkpoint, step=step, state=state, config_toml=config_toml, partial_keys=partial_keys)
+        work = partial(self._save, Moment(step, grown), tensors, write, started=started)
         if self.config.asynchronous:
             self._pending = self._writer.submit(work)
         else:
@@ -149,17 +152,10 @@ class Checkpoints:
         return copies
 
     def _save(
-        self,
-        moment: Moment,
-        tensors: Sequence[ShardedTensor],
-        *,
-        state: Mapping[str, object],
-        config_toml: str,
-        started: float,
+        self, moment: Moment, tensors: Sequence[ShardedTensor], write: Callable[..., None], *, started: float
     ) -> None:
         path = self.directory / moment.name
-        group = self._ranks.group
-        write_checkpoint(path, tensors, step=moment.step, state=state, config_toml=config_toml, group=group)
+        write(path, tensors, group=self._ranks.group)
         with self._ranks.together():
             if self.on_durable:
                 self.on_durable(path, time.monotonic() - started)

@@ -68,12 +68,14 @@ class StoredBox(Record):
 
 
 class StoredTensor(Record):
-    """One logical tensor; its boxes cover every entry exactly once."""
+    """One logical tensor; its boxes cover every entry exactly once, or at most once if it is partial."""
 
     dtype: str
     """A key of DTYPES."""
     shape: Extents
     boxes: tuple[StoredBox, ...]
+    partial: bool = False
+    """Whether entries are missing: state of experts that another site trains. Weights never are partial."""
 
 
 class Index(Record):

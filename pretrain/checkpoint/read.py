@@ -3,7 +3,7 @@ piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError, safe_open
 
-from pretrain.checkpoint.boxes import Box, lies_in
+from pretrain.checkpoint.boxes import Box, lies_in, uncovered
 from pretrain.checkpoint.format import CONFIG, DTYPE_NAMES, DTYPES, STATE, Index, StoredBox
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.verify import read_index, read_json, read_manifest, read_text
@@ -51,8 +51,15 @@ class CheckpointReader:
         """Key -> element type and shape of every logical tensor."""
         return {key: (DTYPES[tensor.dtype], tensor.shape) for key, tensor in self.index.tensors.items()}
 
+    def missing(self, key: str, box: Box) -> list[Box]:
+        """The parts of a box of tensor `key` that the checkpoint does not have; none unless the tensor is partial."""
+        stored = self.index.tensors[key]
+        parts = {part.box for part in stored.boxes} if stored.partial else {box}
+        return [] if box in parts else uncovered(box, parts)
+
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-        """A copy of the part of tensor `key` of this shape that starts at `offset`."""
+        """A copy of the part of tensor `key` of this shape that starts at `offset`; the checkpoint must have all of
+        it."""
         if key not in self.index.tensors:
             raise CheckpointError(f"{self.directory}: {key} is not in the checkpoint")
         stored, box = self.index.tensors[key], Box(tuple(offset), tuple(shape))
@@ -61,14 +68,17 @@ class CheckpointReader:
         self.fill([(key, box, data)])
         return data
 
-    def fill(self, parts: Iterable[tuple[str, Box, torch.Tensor]]) -> None:
+    def fill(self, parts: Iterable[tuple[str, Box, torch.Tensor]], *, but_for: Collection[str] = ()) -> None:
         """Copy into each tensor the given box of the given key, file by file, one slice in memory at a time.
 
-        The tensors may be on any device and of another element type, to which values are cast.
+        The tensors may be on any device and of another element type, to which values are cast. Of keys in `but_for`,
+        what the checkpoint does not have stays as it is; it has to have all of the others.
         """
         reads: dict[str, list[tuple[StoredBox, str, Box, torch.Tensor]]] = {}
         for key, box, data in parts:
             stored_as = self.index.tensors[key]
+            if key not in but_for and (gaps := self.missing(key, box)):
+                raise CheckpointError(f"{self.directory}: {_gap(key, gaps)}")
             for stored in stored_as.boxes:
                 if stored.box.intersect(box):
                     reads.setdefault(stored.file, []).append((stored, stored_as.dtype, box, data))
@@ -97,15 +107,18 @@ def read_checkpoint(
     tensors: Sequence[ShardedTensor],
     *,
     leave_out: Sequence[str] = (),
+    but_for: Collection[str] = (),
     convert: bool = False,
     group: dist.ProcessGroup | None = None,
-) -> None:
+) -> list[tuple[str, Box]]:
     """Fill the data of all given tensors, replicas included, in place.
 
     Collective over `group` (see `Ranks`). The checkpoint must hold every given key with the same global shape and
-    dtype (`convert`: cast other dtypes), and every key it holds must be wanted by some rank, except those
-    that start with a prefix in `leave_out`. Raises the same CheckpointError on all ranks, before anything
-    is changed; only a read error of a shard can leave tensors half filled.
+    dtype (`convert`: cast other dtypes), and all it holds must be wanted by some rank, except keys that start with a
+    prefix in `leave_out`. Of keys in `but_for` (by default none), each may have entries that the other does not: those
+    of the checkpoint alone are left out, those of the tensors alone stay as they are and are returned, box by box.
+    Raises the same CheckpointError on all ranks, before anything is changed; only a read error of a shard can leave
+    tensors half filled.
 
     Does not hash the shards: `Checkpoints.latest_valid` and `verify_checkpoint` do.
     """
@@ -113,12 +126,15 @@ def read_checkpoint(
     with ranks.together():
         reader = CheckpointReader(directory)
         _check_fit(directory, reader.index, tensors, convert=convert)
-    wanted = ranks.gather(sorted({tensor.key for tensor in tensors}))
+        gaps = [(tensor.key, gap) for tensor in tensors for gap in reader.missing(tensor.key, _box(tensor))]
+        _check_complete(directory, gaps, but_for)
+    wanted = ranks.gather(_boxes_by_key(tensors))
     with ranks.together():
         if ranks.rank == 0:
-            _check_all_wanted(directory, reader.index, {key for keys in wanted for key in keys}, leave_out)
+            _check_all_wanted(directory, reader.index, wanted, leave_out, but_for)
     with ranks.together(), reader:
-        reader.fill((tensor.key, _box(tensor), tensor.data) for tensor in tensors)
+        reader.fill(((tensor.key, _box(tensor), tensor.data) for tensor in tensors), but_for=but_for)
+    return gaps
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -161,17 +177,76 @@ def _check_fit(directory: Path, index: Index, tensors: Sequence[ShardedTensor], 
         )
 
 
-def _check_all_wanted(directory: Path, index: Index, wanted: set[str], leave_out: Sequence[str]) -> None:
-    """Nothing in the checkpoint is passed over in silence, and no prefix of `leave_out` is a misspelling."""
+def _check_complete(directory: Path, gaps: Sequence[tuple[str, Box]], but_for: Collection[str]) -> None:
+    """No entry is missing from the checkpoint, but for keys that may miss some."""
+    problems = [_gap(key, [gap]) for key, gap in gaps if key not in but_for]
+    if problems:
+        raise CheckpointError(
+            f"{directory}: the checkpoint is of a site that trains other experts: {_few(problems)}. Use the "
+            f"[decentral] section of its {CONFIG}, or another run.directory"
+        )
+
+
+def _check_all_wanted(
+    directory: Path,
+    index: Index,
+    wanted: Sequence[Mapping[str, Sequence[Sequence[Sequence[int]]]]],
+    leave_out: Sequence[str],
+    but_for: Collection[str],
+) -> None:
+    """Nothing in the checkpoint is passed over in silence, and no prefix of `leave_out` is a misspelling.
+
+    wanted: of each rank, (offset, shape) of its boxes by key.
+    """
     for prefix in leave_out:
         if not any(key.startswith(prefix) for key in index.tensors):
             raise CheckpointError(f"{directory}: no key starts with {prefix!r}, which was to be left out")
-    unread = [key for key in index.tensors if key not in wanted and not key.startswith(tuple(leave_out))]
+    boxes: dict[str, set[Box]] = {}
+    for key, (offset, shape) in ((key, box) for rank in wanted for key, of_key in rank.items() for box in of_key):
+        boxes.setdefault(key, set()).add(Box(tuple(offset), tuple(shape)))
+    tensors = {key: tensor for key, tensor in index.tensors.items() if not key.startswith(tuple(leave_out))}
+    unread = [key for key in tensors if key not in boxes]
     if unread:
         raise CheckpointError(
             f"{directory}: the checkpoint is of another architecture or optimizer: it also holds {_few(unread)}. Use "
             f"the [model] and [optim] sections of its {CONFIG}, or another run.directory"
         )
+    left = {
+        key: parts
+        for key, tensor in tensors.items()
+        if key not in but_for
+        and (parts := [part for stored in tensor.boxes for part in _unwanted(stored.box, boxes[key])])
+    }
+    if left:
+        raise CheckpointError(
+            f"{directory}: the checkpoint is of a run that trains more experts: it also holds "
+            f"{_few([f'{_where(parts)} of {key}' for key, parts in left.items()])}. Use the [decentral] section of its "
+            f"{CONFIG}, or another run.directory"
+        )
+
+
+def _unwanted(box: Box, wanted: Collection[Box]) -> list[Box]:
+    """The parts of a stored box that no rank wants."""
+    return [] if box in wanted else uncovered(box, wanted)
+
+
+def _boxes_by_key(tensors: Sequence[ShardedTensor]) -> dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """(offset, shape) of all boxes of every key."""
+    found: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for tensor in tensors:
+        box = _box(tensor)
+        found.setdefault(tensor.key, []).append((box.offset, box.shape))
+    return found
+
+
+def _gap(key: str, gaps: Sequence[Box]) -> str:
+    return f"{key} has no {_where(gaps)}"
+
+
+def _where(boxes: Sequence[Box]) -> str:
+    """Some boxes in words: their places along the first axis, which is that of experts where parts are missing."""
+    places = sorted({(box.offset[0], box.stop[0] - 1) for box in boxes})
+    return "entries " + ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in places)
 
 
 def _copy_common_part(file: safe_open, stored: StoredBox, dtype: str, box: Box, data: torch.Tensor) -> None:

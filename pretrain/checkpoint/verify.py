@@ -31,6 +31,7 @@ from pretrain.checkpoint.format import (
 )
 from pretrain.checkpoint.steps import moment_of
 from pretrain.errors import CheckpointError
+from pretrain.optim.states import STATE_PREFIX
 
 
 def verify_checkpoint(directory: Path, *, deep: bool = True) -> list[str]:
@@ -84,13 +85,16 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def read_index(directory: Path, manifest: Manifest) -> Index:
-    """The index; every key's boxes cover it exactly once and lie in listed files. Raises CheckpointError."""
+    """The index; every key's boxes cover it exactly once, or at most once if it is partial, which only state of the
+    optimizer may be, and lie in listed files. Raises CheckpointError."""
     try:
         index = Index.model_validate_json(read_text(directory, manifest, INDEX))
     except ValidationError as error:
         raise CheckpointError(f"{INDEX}: {_first(error)}") from error
     for key, tensor in index.tensors.items():
-        problem = tiling_problem(tensor.shape, [stored.box for stored in tensor.boxes])
+        problem = tiling_problem(tensor.shape, [stored.box for stored in tensor.boxes], partial=tensor.partial)
+        if tensor.partial and not key.startswith(STATE_PREFIX):
+            problem = "a weight must not be partial"
         if tensor.dtype not in DTYPES:
             problem = f"unknown dtype {tensor.dtype!r:.40}"
         for stored in tensor.boxes:

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -42,6 +42,7 @@ from pretrain.checkpoint.format import (
 from pretrain.checkpoint.ranks import Ranks
 from pretrain.checkpoint.steps import PARTIAL, put_in_place
 from pretrain.errors import CheckpointError
+from pretrain.optim.states import STATE_PREFIX
 
 # A rank starts another file at this size: it bounds the host memory that tensors pass through on their way from a GPU
 # or out of `data_of`, and lets several readers hash a rank's tensors at once.
@@ -58,13 +59,15 @@ def write_checkpoint(
     step: int,
     state: Mapping[str, object],
     config_toml: str,
+    partial_keys: Collection[str] = (),
     data_of: Callable[[ShardedTensor], torch.Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint of all ranks' `tensors` to `directory`; it is durable and valid when this returns.
 
     Collective over `group` (see `Ranks`). Together, the ranks' main replicas (replica_id all zero) must cover each
-    key exactly once. `state` is rank 0's: JSON values only. A checkpoint that `directory` holds already is
+    key exactly once; of `partial_keys`, which are keys of the optimizer, entries may be missing: the index then says
+    so. They and `state`, JSON values only, are rank 0's. A checkpoint that `directory` holds already is
     replaced, whole.
 
     With `data_of`, the data of `tensors` says only shape and type, and may be on the meta device: what is written is
@@ -83,7 +86,7 @@ def write_checkpoint(
     texts: dict[str, bytes] = {}
     with ranks.together():
         if ranks.rank == 0:
-            texts = {INDEX: _index(boxes), STATE: to_json(dict(state)), CONFIG: config_toml.encode()}
+            texts = {INDEX: _index(boxes, partial_keys), STATE: to_json(dict(state)), CONFIG: config_toml.encode()}
     need = ranks.broadcast(_tensor_bytes(boxes) + sum(map(len, texts.values())))
     try:
         with ranks.together(), _disk_errors(partial, need=need):
@@ -146,8 +149,9 @@ def _tensor_bytes(boxes: Sequence[list[dict[str, Any]]]) -> int:
     return sum(box["nbytes"] for rank in boxes for box in rank)
 
 
-def _index(boxes: Sequence[list[dict[str, Any]]]) -> bytes:
-    """index.json of all ranks' boxes. Raises ValueError unless they cover each key exactly once."""
+def _index(boxes: Sequence[list[dict[str, Any]]], partial_keys: Collection[str]) -> bytes:
+    """index.json of all ranks' boxes. Raises ValueError unless they cover each key exactly once, `partial_keys` at most
+    once."""
     tensors: dict[str, dict[str, Any]] = {}
     for box in (box for rank in boxes for box in rank):
         head = {"dtype": box["dtype"], "shape": box["global_shape"]}
@@ -156,9 +160,12 @@ def _index(boxes: Sequence[list[dict[str, Any]]]) -> bytes:
             raise ValueError(f"ranks disagree on {box['key']}: {head} and {tensor['dtype']}, {tensor['shape']}")
         tensor["boxes"].append(box["box"])
     for key, tensor in tensors.items():
-        problem = tiling_problem(
-            tensor["shape"], [Box(tuple(box["offset"]), tuple(box["shape"])) for box in tensor["boxes"]]
-        )
+        parts = [Box(tuple(box["offset"]), tuple(box["shape"])) for box in tensor["boxes"]]
+        problem = tiling_problem(tensor["shape"], parts)
+        if problem and key in partial_keys:
+            assert key.startswith(STATE_PREFIX), f"{key}: a weight must not be partial"
+            tensor["partial"] = True
+            problem = tiling_problem(tensor["shape"], parts, partial=True)
         if problem:
             raise ValueError(f"{key}: {problem}")
     return to_json({"tensors": tensors})

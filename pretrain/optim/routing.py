@@ -12,7 +12,7 @@ from pretrain.config.optim import Kind, OptimConfig, RuleName
 from pretrain.config.schema import Config
 from pretrain.config.stages import stages
 from pretrain.model.logical import LogicalTensor, logical_tensors
-from pretrain.optim.states import block_axes, block_shape, largest_divisor
+from pretrain.optim.states import block_axes, block_shape, largest_divisor, state_key, states_of
 
 RULES: dict[Kind, tuple[RuleName, ...]] = {
     "muon": ("muon", "adamw"),
@@ -80,6 +80,16 @@ def _peak(rule: RuleName, config: OptimConfig) -> float:
         "adamh": config.hyperball.lr,
     }
     return own.get(rule) or config.lr
+
+
+def expert_state_keys(tensors: Iterable[LogicalTensor], config: OptimConfig) -> frozenset[str]:
+    """Keys of the masters and states of all experts: what checkpoints hold in part, where only some of them train."""
+    experts = [tensor for tensor in tensors if tensor.is_expert]
+    return frozenset(
+        state_key(name, tensor.key)
+        for tensor in experts
+        for name in ("master", *states_of(tensor, route(tensor, config).rule, config))
+    )
 
 
 def check_routes(config: Config) -> list[str]:
