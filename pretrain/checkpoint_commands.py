@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.arguments import add_set, command
+from pydantic import ValidationError
+
+from pretrain.arguments import add_set, command, explain_option
 from pretrain.config.load import load_config
+from pretrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.pieces import Progress
@@ -25,6 +28,18 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
         "pretrain grow runs/small configs/growth/experts.toml runs/grown",
     )
     _add_conversion(grow)
+    upcycle = command(
+        commands,
+        "upcycle",
+        _upcycle,
+        "Make a mixture of experts from a dense checkpoint, every expert a copy of its MLP.",
+        "pretrain upcycle runs/qwen3-1.7b configs/models/spes-9b.toml runs/spes-9b --noise-std 0.02",
+    )
+    _add_conversion(upcycle)
+    upcycle.add_argument("--noise-std", help="standard deviation of noise on the experts' weights (default: 0, none)")
+    upcycle.add_argument("--noise-fraction", help="share of each matrix's entries that get it (default: 0.5)")
+    upcycle.add_argument("--router-std", help="standard deviation of the router (default: model.init_std; 0: zeros)")
+    upcycle.add_argument("--seed", help="of noise and router (default: run.seed)")
     text = "List and verify checkpoints; join those of several sites, or split one."
     ckpt = command(commands, "ckpt", None, text, "pretrain ckpt ls runs/demo").add_subparsers(
         required=True, metavar="COMMAND"
@@ -83,6 +98,24 @@ def _grow(options: argparse.Namespace) -> int:
     with _progress("growing") as progress:
         grown = grow_checkpoint(options.checkpoint, config, options.out, progress=progress)
     print(f"grown: {grown}\n{_go_on(options)}")
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    from pretrain.upcycle import UpcycleOptions, changes_function, upcycle  # noqa: PLC0415
+
+    given = {name: getattr(options, name) for name in UpcycleOptions.model_fields}
+    try:
+        chosen = UpcycleOptions.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError([explain_option(problem) for problem in error.errors()]) from error
+    with _progress("upcycling") as progress:
+        made = upcycle(options.checkpoint, config, options.out, chosen, progress=progress)
+    reasons = changes_function(config.model, chosen)
+    print(f"upcycled: {made}")
+    print(f"not the dense model's function: {'; '.join(reasons)}" if reasons else "computes what the dense model does")
+    print(_go_on(options))
     return 0
 
 

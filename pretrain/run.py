@@ -58,6 +58,8 @@ class TrainState:
     """The growths the run has been through, see `growth.history`."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Utility of experts so far, when the next growth goes by it, see `growth.scores`."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What its first weights were made of, see `upcycle`; empty where they were drawn."""
     decentral: dict[str, Any] = field(default_factory=dict)
     """Where this site stands among the others, see `syncing`; empty in a run of one place."""
     data_fingerprint: str = ""

@@ -51,7 +51,7 @@ def test_the_folder_is_complete():
     wanted |= {f"decentral/{name}.toml" for name in (*DEMO_SITES, *SPES)}
     wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
     wanted |= {f"studies/optimizers-{name}.toml" for name in ("run", "moe")}
-    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE, *GROWN]
+    shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}
 
 
@@ -170,6 +170,17 @@ def test_spes(name):
     assert round(found.active / 1e9, 2) == active
 
 
+# The model cards of Qwen3 (arXiv 2505.09388): parameters and non-embedding parameters, in billions.
+QWEN = {"qwen3-1.7b": (1.7, 1.4)}
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_qwen(name):
+    found = counts(name)
+    assert (round(found.total / 1e9, 1), round(found.non_embedding / 1e9, 1)) == QWEN[name]
+    assert found.active == found.total
+
+
 # Sites, and the experts that each of them trains in a layer.
 DEMO_SITES = {"two-sites": (2, 4), "four-sites": (4, 2)}
 
@@ -224,7 +235,7 @@ def test_a_changed_shape_is_noticed():
     assert (quantity(other.active), quantity(other.total)) != SPARKLING["sparkling-small"]
 
 
-@pytest.mark.parametrize("name", [*SPARKLING, *ORTHOGONAL, *SPES, *DENSE])
+@pytest.mark.parametrize("name", [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE])
 def test_readme_table_is_what_the_plan_prints(name):
     found = counts(name)
     row = f"| `{name}` | {quantity(found.total)} | {quantity(found.active)} | {quantity(found.non_embedding)} |"

@@ -63,7 +63,7 @@ def diversify(engine: Engine) -> None:
 def slots_of(engine: Engine, config: Config) -> list[Slot]:
     """Those of experts that this rank owns. In bf16, masters get digits that the weights do not have."""
     optimizer = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups)
-    slots = [slot for slot in optimizer._slots if slot.shard.logical.is_expert]
+    slots = [slot for slot in optimizer.slots if slot.shard.logical.is_expert]
     if config.run.precision == "bf16":
         for slot in slots:
             shard = slot.shard
@@ -465,6 +465,6 @@ def test_every_layout_merges_as_one_process_does(size: int) -> None:
 def test_a_weight_that_is_no_expert_is_refused() -> None:
     config = configuration()
     with single_process(), engine_of(config) as engine:
-        slot = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups)._slots[0]
+        slot = ShardedOptimizer(engine.shards, config.optim, engine.mesh.groups).slots[0]
         with pytest.raises(AssertionError, match=r"no experts of this rank: .*embedding"):
             merged(engine, config.model, MERGE, STEP, slots=[slot], bucket_bytes=BUCKET)
