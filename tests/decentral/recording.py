@@ -95,14 +95,18 @@ def recorded(
     members: Mapping[int, Sequence[int]] | None = None,
     first: int | None = None,
     steps: int | None = None,
+    prepare: Callable[[], None] | None = None,
     spoil: Callable[[Run], None] | None = None,
     save: bool = False,
 ) -> list[Meeting]:
     """Train at a site over a scripted transport to the end, or `steps`; returns every meeting, the first at the start.
 
     Where experts arrive late, that counts as one; so does the last step of a run of one place. `members`, `first`: see
-    `ScriptedTransport`. `spoil`: changes the run before it meets anyone. `save`: write a checkpoint in the end.
+    `ScriptedTransport`. `prepare`: called first, in the process. `spoil`: changes the run before it meets anyone.
+    `save`: write a checkpoint in the end.
     """
+    if prepare:
+        prepare()
     transports: list[ScriptedTransport] = []
 
     def open_transport(decentral: Any, ranks: Any, stopping: Any) -> ScriptedTransport:
