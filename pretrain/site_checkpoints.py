@@ -276,7 +276,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _check_splittable(path: Path, state: TrainState, config: Config) -> None:
     """Raise an error unless the checkpoint is of a run in one place with the model and optimizer of `config`."""
     own = load_config(path / CONFIG_FILE)
-    if own.decentral is not None:
+    if state.decentral:
         raise CheckpointError(f"{path}: is of one of {own.sites} sites; join them first, with pretrain ckpt join")
     changed = changed_keys(stages(own)[len(state.growths)].config, config)
     differing = [change for change in changed if change.startswith(SAME_TENSORS)]

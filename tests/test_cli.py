@@ -21,7 +21,18 @@ from tests.helpers.commands import CommandProcess, command_process
 from tests.helpers.runs import make_corpus, tiny_config
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["train", "plan", "demo", "data prepare", "data verify", "ckpt ls", "ckpt verify", "report"]
+COMMANDS = [
+    "train",
+    "plan",
+    "demo",
+    "data prepare",
+    "data verify",
+    "ckpt ls",
+    "ckpt verify",
+    "ckpt join",
+    "ckpt split",
+    "report",
+]
 GROUPS = ["", "data", "ckpt"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.config.decentral import DecentralConfig
+from pretrain.config.rules import Layout
 from pretrain.config.schema import Config
 from pretrain.model.logical import logical_tensors
 from pretrain.model.shards import Shard
@@ -17,6 +19,7 @@ from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.parallel.engine import Engine, build_engine
 from pretrain.parallel.mesh import mesh_of
 from pretrain.parallel.routing_stats import reset_routing_stats
+from pretrain.plan.memory import rank_memory
 from pretrain.platform import cpu_adapter
 from tests.helpers.configs import MOE, make_config
 from tests.helpers.distributed import run_ranks
@@ -78,6 +81,7 @@ class Outcome:
     state: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
     """Key -> boxes (offset, shape) of masters and states."""
     state_bytes: int = 0
+    weight_bytes: int = 0
     held: int = 0
     """Entries of the parameters that train, of parameters of their own."""
 
@@ -105,6 +109,7 @@ def train(config: Config, trained: tuple[int, ...] | None, steps: int = STEPS) -
         for tensor in optimizer.named_state():
             outcome.state.setdefault(tensor.key, []).append((tensor.global_offset, tensor.local_shape))
         outcome.state_bytes = optimizer.state_bytes()
+        outcome.weight_bytes = sum(shard.tensor.nbytes for shard in engine.shards if shard.logical.trainable)
         outcome.held = sum(shard.tensor.numel() for shard in engine.shards if shard.trainable)
     return outcome
 
@@ -219,6 +224,21 @@ def test_frozen_experts_have_no_gradient_buffer_and_no_state(layout: str, precis
     copies = {"TP2": 2, "ETP2": 2, "ETP2xEP2": 2}.get(layout, 1)
     if copies == 1:
         assert sum(rank.state_bytes for rank in ranks) == 4 * len(names) * sum(trains.values())
+
+
+@pytest.mark.parametrize(("layout", "precision"), [case for case in CASES if case[0] != "PP2"])
+def test_memory_is_what_the_plan_says(layout: str, precision: str) -> None:
+    """Of the site that trains every second expert, on the rank that needs the most."""
+    config, ranks = configuration(layout, precision), outcome(layout, precision)
+    layout_of_ranks = Layout.of(config, len(ranks))
+    site = config.model_copy(update={"decentral": DecentralConfig(kind="spes", sites=2, site=1)})
+    planned = rank_memory(site, layout_of_ranks)
+    assert planned.weights == max(rank.weight_bytes for rank in ranks)
+    assert planned.gradients == 4 * max(rank.gradient_numel for rank in ranks)
+    assert planned.optimizer == max(rank.state_bytes for rank in ranks)
+    # Full replicas need more.
+    whole = rank_memory(config, layout_of_ranks)
+    assert (whole.weights, whole.gradients > planned.gradients) == (planned.weights, True)
 
 
 def test_a_run_in_which_all_train_fails_these_checks() -> None:
