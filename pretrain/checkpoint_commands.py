@@ -40,7 +40,8 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     upcycle.add_argument("--noise-fraction", help="share of each matrix's entries that get it (default: 0.5)")
     upcycle.add_argument("--router-std", help="standard deviation of the router (default: model.init_std; 0: zeros)")
     upcycle.add_argument("--seed", help="of noise and router (default: run.seed)")
-    ckpt = command(commands, "ckpt", None, "List and verify checkpoints.", "pretrain ckpt ls runs/demo").add_subparsers(
+    text = "List and verify checkpoints; join those of several sites, or split one."
+    ckpt = command(commands, "ckpt", None, text, "pretrain ckpt ls runs/demo").add_subparsers(
         required=True, metavar="COMMAND"
     )
     for name, run, text in (
@@ -49,6 +50,23 @@ def add_checkpoint_commands(commands: argparse._SubParsersAction) -> None:
     ):
         sub = command(ckpt, name, run, text, f"pretrain ckpt {name} runs/demo")
         sub.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
+    join = command(
+        ckpt,
+        "join",
+        _ckpt_join,
+        "Make one checkpoint out of those of all sites, for a run in one place.",
+        "pretrain ckpt join runs/sites runs/joined",
+    )
+    join.add_argument("run_directory", type=Path, metavar="RUN", help="run directory that holds site_0, site_1, ...")
+    join.add_argument("out", type=Path, metavar="OUT", help="run directory to be made")
+    split = command(
+        ckpt,
+        "split",
+        _ckpt_split,
+        "Make a checkpoint for each site of a configuration out of one of a run in one place.",
+        "pretrain ckpt split runs/upcycled configs/decentral/two-sites.toml runs/sites",
+    )
+    _add_conversion(split)
 
 
 def _add_conversion(sub: argparse.ArgumentParser) -> None:
@@ -97,7 +115,8 @@ def _upcycle(options: argparse.Namespace) -> int:
     reasons = changes_function(config.model, chosen)
     print(f"upcycled: {made}")
     print(f"not the dense model's function: {'; '.join(reasons)}" if reasons else "computes what the dense model does")
-    print(_go_on(options))
+    split = f"to go on, at all sites: pretrain ckpt split {options.out} {options.config} OUT"
+    print(split if config.decentral else _go_on(options))
     return 0
 
 
@@ -122,3 +141,25 @@ def _ckpt_verify(options: argparse.Namespace) -> int:
         bad += bool(findings)
         print("\n".join(f"{path}: {finding}" for finding in findings) if findings else f"{path}: ok")
     return int(bad > 0)
+
+
+def _ckpt_join(options: argparse.Namespace) -> int:
+    from pretrain.site_checkpoints import join_sites  # noqa: PLC0415
+
+    with _progress("joining") as progress:
+        joined = join_sites(options.run_directory, options.out, progress=progress)
+    print(
+        f"joined: {joined}\noptimizer state of what all sites train: that of the lowest site\n"
+        f"to go on: pretrain train {joined}/config.toml"
+    )
+    return 0
+
+
+def _ckpt_split(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    from pretrain.site_checkpoints import split_checkpoint  # noqa: PLC0415
+
+    with _progress("splitting") as progress:
+        sites = split_checkpoint(options.checkpoint, config, options.out, progress=progress)
+    print("\n".join([*(f"site {number}: {path}" for number, path in enumerate(sites)), _go_on(options)]))
+    return 0

@@ -10,7 +10,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, write_checkpoint
-from pretrain.checkpoint.pieces import Progress, check_new, counted, cut, most_precise, sound_checkpoint
+from pretrain.checkpoint.pieces import SHAPING, Progress, check_new, counted, cut, most_precise, sound_checkpoint
 from pretrain.config.load import changed_keys, dump_config, load_config
 from pretrain.config.optim import OptimConfig
 from pretrain.config.schema import Config
@@ -25,9 +25,6 @@ from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
 from pretrain.run import TrainState
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
-
-# Keys that decide which tensors a checkpoint has.
-SHAPING = ("model.", "optim.kind", "optim.routes", "optim.soap.block_size", "optim.kron.block_size")
 
 # Noise of a smaller share of the standard deviation is mostly lost in bf16: at 0.001, 78 % of the entries round back.
 SMALLEST_BF16_NOISE = 0.003

@@ -26,7 +26,7 @@ LEVELS = [
     {"decentral"},
     {"run"},
     {"restore", "retraining"},
-    {"growing", "grow_checkpoint", "syncing", "upcycle"},
+    {"growing", "grow_checkpoint", "site_checkpoints", "syncing", "upcycle"},
     {"train", "demo"},
     {"tuning", "bench", "checkpoint_commands"},
     {"studies"},

@@ -20,6 +20,9 @@ from pretrain.run_directory import CHECKPOINTS
 # Entries of a box that is made and written as one.
 BOX_ENTRIES = 1 << 26
 
+# Keys of a configuration that decide which tensors a checkpoint has.
+SHAPING = ("model.", "optim.kind", "optim.routes", "optim.soap.block_size", "optim.kron.block_size")
+
 Progress = Callable[[int, int], None]
 """Called with the number of entries done and of all."""
 
@@ -53,12 +56,17 @@ def most_precise(stored: Container[str], key: str) -> str:
 
 def cut(tensor: LogicalTensor, key: str, dtype: torch.dtype) -> Iterator[ShardedTensor]:
     """A tensor in boxes of about BOX_ENTRIES along its first axis, on the meta device."""
-    rows = max(1, BOX_ENTRIES // math.prod(tensor.shape[1:]))
-    for start in range(0, tensor.shape[0], rows):
-        shape = (min(rows, tensor.shape[0] - start), *tensor.shape[1:])
-        offset = (start, *[0] * (len(shape) - 1))
-        data = torch.empty(shape, dtype=dtype, device="meta")
-        yield ShardedTensor(key, data, dtype, shape, tensor.shape, offset, None, (0, 0, 0))
+    yield from cut_rows(key, tensor.shape, dtype, range(tensor.shape[0]))
+
+
+def cut_rows(key: str, shape: Sequence[int], dtype: torch.dtype, rows: range) -> Iterator[ShardedTensor]:
+    """As `cut`, of a tensor of this shape and some consecutive indices of its first axis alone."""
+    step = max(1, BOX_ENTRIES // math.prod(shape[1:]))
+    for start in range(rows.start, rows.stop, step):
+        box = (min(step, rows.stop - start), *shape[1:])
+        offset = (start, *[0] * (len(box) - 1))
+        data = torch.empty(box, dtype=dtype, device="meta")
+        yield ShardedTensor(key, data, dtype, box, tuple(shape), offset, None, (0, 0, 0))
 
 
 def counted(
