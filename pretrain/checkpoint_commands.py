@@ -115,7 +115,8 @@ def _upcycle(options: argparse.Namespace) -> int:
     reasons = changes_function(config.model, chosen)
     print(f"upcycled: {made}")
     print(f"not the dense model's function: {'; '.join(reasons)}" if reasons else "computes what the dense model does")
-    print(_go_on(options))
+    split = f"to go on, at all sites: pretrain ckpt split {options.out} {options.config} OUT"
+    print(split if config.decentral else _go_on(options))
     return 0
 
 

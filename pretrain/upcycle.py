@@ -29,7 +29,7 @@ from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.transformer_config import compute_dtype
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
-from pretrain.run import NO_ROUNDS, TrainState, open_data
+from pretrain.run import TrainState, open_data
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
 # What the attention, norms and tables of both models have in common.
@@ -79,7 +79,8 @@ def upcycle(
     Args:
         source: a checkpoint, or a run directory, whose newest checkpoint is meant.
         out: run directory to be made, which holds the checkpoint and nothing else: training with `run.directory = out`
-            starts from it. Of a run of several sites, it holds that of `decentral.site`; all sites get the same bytes.
+            starts from it. It is one of a run in one place, also where `config` has [decentral]: that of each site is
+            made of it, see `site_checkpoints.split_checkpoint`.
 
     Returns:
         The checkpoint, of step 0. One box at a time is in memory, so that any size can be upcycled.
@@ -87,8 +88,8 @@ def upcycle(
     Raises:
         CheckpointError, ConfigError, DataError: before anything is written.
     """
-    directory = config.model_copy(update={"run": config.run.model_copy(update={"directory": out})}).site_directory
-    check_new(directory)
+    config = config.model_copy(update={"decentral": None})
+    check_new(out)
     path = sound_checkpoint(source)
     trained = TrainState(**read_state(path))
     dense = stages(load_config(path / CONFIG_FILE))[len(trained.growths)].config.model
@@ -105,7 +106,7 @@ def upcycle(
         "tokens": trained.tokens,
         **options.model_dump(),
     }
-    destination = directory / CHECKPOINTS / Moment(0).name
+    destination = out / CHECKPOINTS / Moment(0).name
     with CheckpointReader(path) as reader:
         made = _Upcycled(dense, config, reader, options)
         boxes = list(made.boxes())
@@ -169,7 +170,6 @@ def changes_function(model: ModelConfig, options: UpcycleOptions) -> list[str]:
 def _first_state(config: Config) -> TrainState:
     """The state of a run that begins."""
     return TrainState(
-        decentral=NO_ROUNDS if config.decentral else {},
         data_fingerprint=open_data(config)[0].fingerprint,
         rng=base64.b64encode(torch.Generator().manual_seed(config.run.seed).get_state().numpy().tobytes()).decode(),
         optimizer={"kind": config.optim.kind, "step": 0},

@@ -12,7 +12,6 @@ import torch
 
 from pretrain.checkpoint import CheckpointReader, pieces, read_checkpoint, read_state, verify_checkpoint
 from pretrain.checkpoint.verify import read_manifest
-from pretrain.config.decentral import DecentralConfig
 from pretrain.config.load import load_config
 from pretrain.config.rules import check
 from pretrain.config.schema import Config
@@ -318,28 +317,30 @@ def test_any_layout_starts_from_it(corpus: Path, dense: Path, tmp_path: Path) ->
     assert len(set(losses["one"])) == STEPS
 
 
-def test_every_site_starts_from_the_same_bytes(corpus: Path, dense: Path, tmp_path: Path) -> None:
-    """And trains on, its frozen experts without a state."""
-    plain, options = moe_config(corpus, tmp_path / "out"), UpcycleOptions(noise_std=0.02)
-    alone = tensor_bytes(upcycle(dense, plain, tmp_path / "alone", options))
-    keys = DecentralConfig(
-        kind="spes", sites=2, sync_every_steps=2, transport="fixed", coordinator=f"127.0.0.1:{free_port()}"
+def test_sites_start_from_it(corpus: Path, dense: Path, command: CommandProcess, tmp_path: Path) -> None:
+    keys = {"kind": "spes", "sites": 2, "sync_every_steps": 2, "transport": "fixed"}
+    keys["coordinator"] = f"127.0.0.1:{free_port()}"
+    config = moe_config(corpus, tmp_path / "sites", decentral=keys)
+    file, out = written(config, tmp_path), tmp_path / "out"
+    made = command("upcycle", dense, file, out, "--noise-std", "0.02")
+    assert made.code == 0, made.err
+    assert f"to go on, at all sites: pretrain ckpt split {out} {file} OUT\n" in made.out
+    assert tensor_bytes(newest(out)) == tensor_bytes(
+        upcycle(dense, moe_config(corpus, tmp_path / "run"), tmp_path / "plain", UpcycleOptions(noise_std=0.02))
     )
-    sites = [at_site(plain.model_copy(update={"decentral": keys}), site) for site in (0, 1)]
-    for site, config in enumerate(sites):
-        path = upcycle(dense, config, tmp_path / "out", options)
-        assert path == tmp_path / "out" / f"site_{site}" / "checkpoints" / "step_00000000"
-        assert tensor_bytes(path) == alone
-    run_sites(_train, 1, [[config] for config in sites])
-    first, second = (rows(config.site_directory, "train") for config in sites)
-    # Each with its part of the batch, from where the dense model was.
-    assert first[0]["loss"] != second[0]["loss"]
-    dense_losses = [row["loss"] for row in rows(dense, "train")]
-    for losses in (first, second):
-        assert abs(losses[0]["loss"] - dense_losses[-1]) < 0.5 * (dense_losses[0] - dense_losses[-1])
-    assert [len(losses) for losses in (first, second)] == [STEPS, STEPS]
-    for config in sites:
-        assert read_state(newest(config.site_directory))["origin"]["noise_std"] == 0.02
+    split = command("ckpt", "split", out, file, config.run.directory)
+    assert split.code == 0, split.err
+    sites = [at_site(config, site) for site in (0, 1)]
+    run_sites(_train, 1, [[of_site] for of_site in sites])
+    of_dense = [row["loss"] for row in rows(dense, "train")]
+    first = []
+    for of_site in sites:
+        losses = [row["loss"] for row in rows(of_site.site_directory, "train")]
+        assert len(losses) == STEPS
+        assert abs(losses[0] - of_dense[-1]) < 0.5 * (of_dense[0] - of_dense[-1])
+        first.append(losses[0])
+        assert read_state(newest(of_site.site_directory))["origin"]["noise_std"] == 0.02
+    assert first[0] != first[1]  # each has its part of the batch
 
 
 # ----- what is refused

@@ -153,11 +153,14 @@ class _Layer:
         views = [box.view()[:, 0] if gate_only else box.view() for box in self.boxes[key]]
         rows = [view.flatten(1) for view in views]
         total = rows[0].shape[1]
-        # At most 4 bytes an entry as sent, 4 as received, 8 as fp64.
+        # An entry takes up to 16 bytes: as sent, as received, and as fp64 or in two steps on the way to the mean.
         width = max(1, bucket_bytes // (16 * self.experts))
         for start in range(0, total, width):
             columns = slice(start, min(start + width, total))
             mine = torch.cat([row[:, columns] for row in rows])
+            if self.across_experts.size() == 1:
+                yield columns, mine
+                continue
             whole = mine.new_empty(self.across_experts.size(), *mine.shape)
             dist.all_gather(list(whole.unbind()), mine, group=self.across_experts)
             yield columns, whole.flatten(0, 1)
