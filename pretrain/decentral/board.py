@@ -22,6 +22,8 @@ from pretrain.errors import UserError
 PROBE_SECONDS = 5.0
 """How long connecting may take."""
 
+_NOTHING = "\0"
+
 T = TypeVar("T")
 
 
@@ -143,7 +145,9 @@ class Board:
 
     def get(self, key: str) -> str | None:
         """The value of a key, None where there is none."""
-        return self._call(lambda store: store.get(key).decode() if store.check([key]) else None)
+        # TCPStore's own `get` waits for a key that is not there. This gives back what it expects in vain.
+        found = self._call(lambda store: store.compare_set(key, _NOTHING, _NOTHING)).decode()
+        return None if found == _NOTHING else found
 
     def set(self, key: str, value: str) -> None:
         """Write a value, and see that it has arrived."""
@@ -162,7 +166,7 @@ class Board:
         """Whether all the keys have values."""
         return self._call(lambda store: store.check(list(keys)))
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """Every key there is."""
         return self._call(lambda store: store.list_keys())
 

@@ -37,6 +37,7 @@ class FixedMeetings:
         self._board = Board(address, BOARD_SECONDS)
         self._presence = Presence(Board(address, BOARD_SECONDS), config.site, decisions)
         self._watch = Watch(config.sites)
+        self._lost_since = 0.0
 
     def meet(self, header: Header, patience: Patience) -> Meeting:
         """See `meetings.Meetings`."""
@@ -77,6 +78,7 @@ class FixedMeetings:
         self._board.set(mine, token)
         while True:
             self._watch.look(self._board)
+            self._lost_since = 0.0
             if self._served:
                 self._invite()
             if name := self._board.get(_invited(token)):
@@ -117,7 +119,9 @@ class FixedMeetings:
             )
 
     def _check_board(self, patience: Patience, error: BoardError) -> None:
-        if patience.left < 0 or self._watch.silence(0) > self._config.timeout_seconds:
+        self._lost_since = self._lost_since or time.monotonic()
+        gone = self._board.connections > 0 and time.monotonic() - self._lost_since > self._config.timeout_seconds
+        if gone or patience.left < 0:
             raise SitesError(
                 f'decentral.coordinator = "{self._config.coordinator}": site 0 does not answer there ({error}); start '
                 "it, or give its address"

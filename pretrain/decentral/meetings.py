@@ -122,7 +122,7 @@ def exchange_headers(
 
 def _sweep(board: Board, name: str) -> None:
     """Remove what older rounds have left on the board."""
-    keys = board.keys()
+    keys = board.all_keys()
     rounds = {"/".join(key.split("/")[:2]) for key in keys if key.startswith(ROUNDS)}
     kept = {name, *sorted(rounds)[-KEPT_ROUNDS:]}
     board.delete(key for key in keys if key.startswith(ROUNDS) and "/".join(key.split("/")[:2]) not in kept)

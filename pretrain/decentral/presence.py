@@ -87,10 +87,11 @@ class Watch:
         self._sites = sites
         self._last: dict[int, _Sign] = {}
         self._left: set[int] = set()
+        self._looked = 0.0
 
     def look(self, board: Board) -> None:
         """Read the signs. Raises BoardError."""
-        now = time.monotonic()
+        self._looked = time.monotonic()
         for site in range(self._sites):
             text = board.get(_key(site))
             if text is None:
@@ -98,7 +99,7 @@ class Watch:
                 continue
             self._left.discard(site)
             if site not in self._last or self._last[site].text != text:
-                self._last[site] = _Sign(text, now)
+                self._last[site] = _Sign(text, self._looked)
 
     def here(self) -> dict[int, dict[str, Any]]:
         """What the sites that are there say of themselves."""
@@ -106,8 +107,8 @@ class Watch:
         return {site: json.loads(self._last[site].text) for site in there}
 
     def silence(self, site: int) -> float:
-        """Seconds for which a site has shown no new sign; 0 if it was never there."""
-        return time.monotonic() - self._last[site].changed if site in self._last else 0.0
+        """Seconds for which a site had shown no new sign at the last look; 0 if it was never there."""
+        return self._looked - self._last[site].changed if site in self._last else 0.0
 
     def describe(self, site: int) -> str:
         """Where a site is that does not come."""

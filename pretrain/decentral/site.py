@@ -64,9 +64,16 @@ class SiteTransport:
         patience = Patience(self._config.wait_seconds)
         while True:
             meeting = self._meet(header, patience)
-            if found := self._connect(meeting):
+            failure, found = self._connect(meeting)
+            if found:
                 self._round = found
                 return found
+            if self._ranks.broadcast(patience.left < 0):
+                raise SitesError(
+                    f"decentral.bind: sites {[*meeting.members]} meet, but do not reach each other within "
+                    f"decentral.wait_seconds = {self._config.wait_seconds:g} ({failure}); give every site an address "
+                    "that the others can connect to"
+                )
             time.sleep(PAUSE_SECONDS)
 
     def close(self) -> None:
@@ -103,8 +110,8 @@ class SiteTransport:
                 patience.give_up()
                 raise StopWaitingError
 
-    def _connect(self, meeting: Meeting) -> GlooRound | None:
-        """Connect every rank to those with its number; None on all ranks if one of them could not."""
+    def _connect(self, meeting: Meeting) -> tuple[str | None, GlooRound | None]:
+        """Connect every rank to those with its number; on all ranks why not, if one of them could not."""
         failure, found = None, None
         try:
             background = self._join(meeting, self._background_ranks, "background") if self._background_ranks else None
@@ -116,8 +123,8 @@ class SiteTransport:
                 found.close()
             if self._ranks.rank == 0:
                 logger.warning("could not connect to the sites %s, trying again: %s", [*meeting.members], failure)
-            return None
-        return found
+            return failure, None
+        return None, found
 
     def _join(self, meeting: Meeting, ranks: Ranks, part: str, background: GlooRound | None = None) -> GlooRound:
         """A round on this rank, for one thread."""

@@ -176,7 +176,7 @@ class LighthouseMeetings:
         late = time.monotonic() + self._config.join_seconds
         while not self._assembled:
             self._watch.look(self._board)
-            met = any(key.startswith(ROUNDS) for key in list(self._board.keys()))
+            met = any(key.startswith(ROUNDS) for key in self._board.all_keys())
             self._assembled = met or len(self._watch.here()) == self._config.sites or time.monotonic() > late
             patience.sleep(POLL_SECONDS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -53,7 +52,7 @@ class Here:
         (self.folder / name).touch()
 
     def wait(self, name: str) -> None:
-        wait_until(lambda: (self.folder / name).exists())
+        wait_until((self.folder / name).exists)
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -67,9 +66,10 @@ class Sites:
 
     def __init__(self, folder: Path, transport: str, sites: int, ranks: int = 1, **keys: Any) -> None:
         self.folder, self.ranks = folder, ranks
+        host = keys.get("bind", "127.0.0.1")
         times: dict[str, Any] = {"join_seconds": 10.0, "wait_seconds": 60.0, "timeout_seconds": 10.0}
         self.config = DecentralConfig(
-            kind="spes", sites=sites, transport=transport, coordinator=f"127.0.0.1:{free_port()}", **(times | keys)
+            kind="spes", sites=sites, transport=transport, coordinator=f"{host}:{free_port()}", **(times | keys)
         )
         self._processes: dict[int, list[BaseProcess]] = {}
         self._starts = 0
@@ -117,7 +117,7 @@ class Sites:
         return "".join(path.read_text() for path in sorted(self.folder.glob(f"log_{site}_*")))
 
     def wait(self, mark: str) -> None:
-        wait_until(lambda: (self.folder / mark).exists())
+        wait_until((self.folder / mark).exists)
 
     def mark(self, name: str) -> None:
         (self.folder / name).touch()
