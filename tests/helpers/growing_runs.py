@@ -37,12 +37,16 @@ def checkpoint(config: Config, name: str) -> Path:
     return config.run.directory / "checkpoints" / "_".join([f"step_{int(step):08d}", *grown])
 
 
-def tensor_bytes(path: Path) -> dict[str, bytes]:
-    """Key -> type and all bytes of every logical tensor of a checkpoint, however it is cut into boxes."""
+def tensor_bytes(path: Path, leave_out: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Key -> type and all bytes of every logical tensor of a checkpoint, however it is cut into boxes.
+
+    leave_out: beginnings of keys.
+    """
     with CheckpointReader(path) as reader:
         return {
             key: f"{dtype} {shape} ".encode() + _bytes(reader.read(key, [0] * len(shape), shape))
             for key, (dtype, shape) in reader.tensors().items()
+            if not key.startswith(leave_out)
         }
 
 
