@@ -129,10 +129,11 @@ def recorded(
             note(before)
             while state.step < (steps or config.total_steps):
                 loss = train_step(run, state)
-                before = snapshot(run, state)
+                before, rounds = snapshot(run, state), sum(len(transport.rounds) for transport in transports)
                 after_step(loss)
-                after = snapshot(run, state)
-                if differing(before.weights, after.weights) or state.step == config.total_steps:
+                has_met = sum(len(transport.rounds) for transport in transports) > rounds
+                changed = differing(before.weights, snapshot(run, state).weights)
+                if has_met or changed or state.step == config.total_steps:
                     note(before)
             if save:
                 run.save(state)

@@ -147,3 +147,31 @@ def test_experts_of_an_absent_site_change_hands_and_come_back(corpus: Path, tmp_
     assert differing(zero[8].after.weights, two[8].after.weights) == []
     by_step = {row["step"]: row for row in rows(tmp_path / "site_0", "train")}
     assert by_step[5]["lr_new"] == pytest.approx([by_step[4]["lr"] / 2]), "half of the way up to where it was"
+
+
+def test_a_site_back_from_the_last_round_keeps_its_state_and_gives_nothing(corpus: Path, tmp_path: Path) -> None:
+    config = sites_config(corpus, tmp_path, budget={"steps": 8}, run={"precision": "bf16"})
+    folder = tmp_path / "meet"
+    folder.mkdir()
+    with ExitStack() as stack:
+
+        def start(site: int, **keywords: Any) -> Site:
+            begun = Site(record, 1, at_site(config, site), folder, keywords)
+            stack.callback(begun.close)
+            return begun
+
+        other = start(0)
+        # It has done the round after step 4 and ends; what it holds then is in its checkpoint.
+        (lost,) = start(1, steps=4, save=True).results()
+        (back,) = start(1, first=6).results()
+        (stayed,) = other.results()
+    zero, one = ({meeting.after.step: meeting for meeting in found} for found in (stayed, back))
+    was, now = lost[-1].after, one[6].after
+    assert was.step == 4
+    assert differing(was.states, now.states) == []
+    for place, master in now.masters.items():
+        wanted = was.masters[place] if place[1] is not None else zero[6].before.masters[place]
+        assert torch.equal(master, wanted), place
+    assert differing(now.weights, zero[6].after.weights) == []
+    assert one[8].decentral["round"] == zero[8].decentral["round"] == 4
+    assert differing(one[8].after.weights, zero[8].after.weights) == []

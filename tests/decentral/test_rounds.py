@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from pretrain.config.ownership import owner_of
 from pretrain.run import Run
 from tests.decentral.recording import Meeting, Snapshot, differing, meetings, sites_config
-from tests.helpers.runs import make_corpus
+from tests.helpers.runs import events, make_corpus
+from tests.helpers.sites import ScriptedRound
 
 # Sums of up to three fp32 numbers around 1, in any order.
 MEAN_TOLERANCE = 1e-6
@@ -155,3 +157,59 @@ def test_late_experts_arrive_at_all_sites_after_the_same_step(corpus: Path, tmp_
                 assert not torch.equal(arrived, others[5].after.weights[place]), "their owner has trained on"
     # The last round does not wait: nothing would come after it.
     assert merge_problems([site[6].before for site in by_step], [site[6].after for site in by_step]) == []
+
+
+SHORT = {"budget": {"steps": 2}, "schedule": {"warmup_steps": 1}}
+MERGING = {"merge": {"coefficient": 0.3, "every_steps": 2, "until_step": 100, "neighbours": 1}}
+
+
+def _merged_by_hand(before: list[Snapshot], step: int) -> dict[Any, torch.Tensor]:
+    """Experts after a merge with one neighbour, in fp64 from what their owners had."""
+    own = {
+        place: before[owner_of(place[1], len(before))].weights[place].double()
+        for place in before[0].weights
+        if place[1] is not None
+    }
+    found = {}
+    for place, old in own.items():
+        gates = {
+            other[1]: weight[0].flatten() for other, weight in own.items() if other[0] == place[0].replace("fc2", "fc1")
+        }
+        mine = gates.pop(place[1])
+        nearest = max(gates, key=lambda expert: float(torch.cosine_similarity(mine, gates[expert], dim=0)))
+        found[place] = old + 0.3 * (1 - step / 100) * (own[place[0], nearest, place[2]] - old)
+    return found
+
+
+def test_merged_experts_are_the_same_at_all_sites(corpus: Path, tmp_path: Path) -> None:
+    config = sites_config(corpus, tmp_path, decentral=MERGING, **SHORT)
+    (first,), (second,) = meetings(config, tmp_path / "meet")
+    assert differing(first[-1].after.weights, second[-1].after.weights) == []
+    wanted = _merged_by_hand([first[-1].before, second[-1].before], step=2)
+    for place, weight in wanted.items():
+        torch.testing.assert_close(first[-1].after.weights[place].double(), weight, rtol=0, atol=1e-6)
+    # Without merging they would be their owners'.
+    assert "not its owner's" in "".join(merge_problems([m[-1].before for m in (first, second)], [first[-1].after]))
+    assert [event["merged"] for event in events(tmp_path / "site_0", "sync")] == [True]
+
+
+def _second_transaction_fails() -> None:
+    commit = ScriptedRound.commit
+    calls: dict[int, int] = {}
+
+    def failing(round_: ScriptedRound, ok: bool) -> bool:
+        calls[id(round_)] = calls.get(id(round_), 0) + 1
+        return commit(round_, ok and calls[id(round_)] != 2)
+
+    ScriptedRound.commit = failing  # type: ignore[method-assign]
+
+
+def test_a_merge_that_not_all_have_is_taken_back(corpus: Path, tmp_path: Path) -> None:
+    config = sites_config(corpus, tmp_path, decentral=MERGING, **SHORT, run={"precision": "bf16"})
+    (first,), (second,) = meetings(config, tmp_path / "meet", prepare=_second_transaction_fails)
+    before, after = [[getattr(m[-1], name) for m in (first, second)] for name in ("before", "after")]
+    assert merge_problems(before, after) == [], "the round stands, the merge does not"
+    for site in range(2):
+        experts = {place: master for place, master in before[site].masters.items() if place[1] is not None}
+        assert differing(experts, {place: after[site].masters[place] for place in experts}) == []
+    assert [event["merged"] for event in events(tmp_path / "site_0", "sync")] == [False]
