@@ -17,10 +17,19 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, write_checkpoint
-from pretrain.checkpoint.pieces import Progress, check_new, counted, cut, most_precise, sound_checkpoint
+from pretrain.checkpoint.pieces import (
+    Progress,
+    check_new,
+    counted,
+    cut,
+    cut_experts,
+    most_precise,
+    sound_checkpoint,
+)
 from pretrain.checkpoint.verify import read_manifest
 from pretrain.config.base import Fraction, NonNegativeFloat, Section
 from pretrain.config.load import dump_config, load_config
+from pretrain.config.ownership import trained_experts
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.config.stages import stages
 from pretrain.errors import ConfigError
@@ -29,7 +38,7 @@ from pretrain.model.logical import LogicalTensor, logical_tensors
 from pretrain.model.transformer_config import compute_dtype
 from pretrain.optim.routing import route
 from pretrain.optim.states import split_state_key, state_key, states_of
-from pretrain.run import NO_ROUNDS, TrainState, open_data
+from pretrain.run import NO_ROUNDS, TrainState, open_data, partial_keys
 from pretrain.run_directory import CHECKPOINTS, CONFIG_FILE
 
 # What the attention, norms and tables of both models have in common.
@@ -79,7 +88,8 @@ def upcycle(
     Args:
         source: a checkpoint, or a run directory, whose newest checkpoint is meant.
         out: run directory to be made, which holds the checkpoint and nothing else: training with `run.directory = out`
-            starts from it. Of a run of several sites, it holds that of `decentral.site`; all sites get the same bytes.
+            starts from it. Of a run of several sites, it holds that of `decentral.site`: all sites get the same bytes,
+            but states of their own experts alone.
 
     Returns:
         The checkpoint, of step 0. One box at a time is in memory, so that any size can be upcycled.
@@ -116,6 +126,7 @@ def upcycle(
             step=0,
             state=asdict(state),
             config_toml=dump_config(config),
+            partial_keys=made.partial_keys,
             data_of=counted(made.data_of, boxes, progress),
         )
     return destination
@@ -187,6 +198,9 @@ class _Upcycled:
         self._stored = reader.tensors()
         self._dense = {tensor.key for tensor in logical_tensors(dense)}
         self._new = {tensor.key: tensor for tensor in logical_tensors(config.model)}
+        self._trained = trained_experts(config)
+        self.partial_keys = partial_keys(config, self._trained)
+        """What the checkpoint has of some experts alone."""
 
     def boxes(self) -> Iterator[ShardedTensor]:
         """Every box of the checkpoint, without data."""
@@ -196,11 +210,12 @@ class _Upcycled:
                 yield from cut(tensor, tensor.key, torch.float32)
                 continue
             yield from cut(tensor, tensor.key, dtype)
-            if dtype != torch.float32:
-                yield from cut(tensor, state_key("master", tensor.key), torch.float32)
+            states = {state_key("master", tensor.key): tensor.shape} if dtype != torch.float32 else {}
             rule = route(tensor, self._config.optim).rule
             for state in states_of(tensor, rule, self._config.optim).values():
-                yield from cut(state.tensor, state.tensor.key, torch.float32)
+                states[state.tensor.key] = state.tensor.shape
+            for key, shape in states.items():
+                yield from cut_experts(key, shape, torch.float32, self._trained if key in self.partial_keys else None)
 
     def data_of(self, box: ShardedTensor) -> torch.Tensor:
         """The values of a box. Optimizer states begin at zero, and so do selection biases."""

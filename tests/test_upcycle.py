@@ -19,6 +19,7 @@ from pretrain.config.schema import Config
 from pretrain.errors import CheckpointError, ConfigError, DataError, UserError
 from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.run import checkpoint_tensors
+from pretrain.site_checkpoints import join_sites
 from pretrain.train import train
 from pretrain.upcycle import UpcycleOptions, misfits, upcycle
 from tests.helpers.commands import CommandProcess, command_process, contents
@@ -329,7 +330,9 @@ def test_every_site_starts_from_the_same_bytes(corpus: Path, dense: Path, tmp_pa
     for site, config in enumerate(sites):
         path = upcycle(dense, config, tmp_path / "out", options)
         assert path == tmp_path / "out" / f"site_{site}" / "checkpoints" / "step_00000000"
-        assert tensor_bytes(path) == alone
+        assert verify_checkpoint(path) == []
+    # Together they have what a run in one place begins with, each state once.
+    assert tensor_bytes(join_sites(tmp_path / "out", tmp_path / "joined")) == alone
     run_sites(_train, 1, [[config] for config in sites])
     first, second = (rows(config.site_directory, "train") for config in sites)
     # Each with its part of the batch, from where the dense model was.
