@@ -24,7 +24,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pretrain.checkpoint import CheckpointReader, Moment, read_state, verify_checkpoint, write_checkpoint
-from pretrain.checkpoint.pieces import SHAPING, Progress, counted, cut_rows, sound_checkpoint
+from pretrain.checkpoint.pieces import SHAPING, Progress, counted, cut_experts, sound_checkpoint
 from pretrain.checkpoint.steps import PARTIAL, list_moments, put_in_place
 from pretrain.config.load import changed_keys, dump_config, load_config
 from pretrain.config.ownership import owner_of, trained_experts
@@ -237,7 +237,7 @@ class _Joined:
     def boxes(self) -> Iterator[ShardedTensor]:
         """Every box, without data."""
         for key, (dtype, shape) in self._stored.items():
-            yield from cut_rows(key, shape, dtype, range(shape[0]))
+            yield from cut_experts(key, shape, dtype, None)
 
     def data_of(self, box: ShardedTensor) -> torch.Tensor:
         """The values of a box."""
@@ -287,13 +287,9 @@ def _check_splittable(path: Path, state: TrainState, config: Config) -> None:
 def _boxes_of_site(config: Config, reader: CheckpointReader) -> Iterator[ShardedTensor]:
     """Every box of a site's checkpoint, without data: of the optimizer state of experts, its own."""
     trained = trained_experts(config)
-    of_owners = partial_keys(config, trained)
+    own = partial_keys(config, trained)
     for key, (dtype, shape) in reader.tensors().items():
-        if trained is not None and key in of_owners:
-            for expert in trained:
-                yield from cut_rows(key, shape, dtype, range(expert, expert + 1))
-        else:
-            yield from cut_rows(key, shape, dtype, range(shape[0]))
+        yield from cut_experts(key, shape, dtype, trained if key in own else None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -67,6 +67,14 @@ def cut_rows(key: str, shape: Sequence[int], dtype: torch.dtype, rows: range) ->
         offset = (start, *[0] * (len(box) - 1))
         data = torch.empty(box, dtype=dtype, device="meta")
         yield ShardedTensor(key, data, dtype, box, tuple(shape), offset, None, (0, 0, 0))
+
+
+def cut_experts(
+    key: str, shape: Sequence[int], dtype: torch.dtype, experts: Iterable[int] | None
+) -> Iterator[ShardedTensor]:
+    """As `cut_rows`, of a tensor whose first axis are experts, the rows of some of them; None: everything."""
+    for rows in (range(shape[0]),) if experts is None else (range(expert, expert + 1) for expert in experts):
+        yield from cut_rows(key, shape, dtype, rows)
 
 
 def counted(

@@ -31,6 +31,9 @@ STEPS = 3
 # Of 8 experts, so that every rank of EP2 has two runs of frozen ones and three of trained ones between them.
 TRAINED = (1, 3, 5, 7)
 
+# Of which the second rank of EP2 trains none, or none does.
+LOPSIDED = {"first rank": (0, 1), "none": ()}
+
 COMMON: dict[str, Any] = {
     "model.num_layers": 2,
     "model.init_std": 0.1,
@@ -130,6 +133,9 @@ def train_all(cases: list[tuple[str, str]]) -> dict[tuple[str, str, bool], Outco
     for layout, precision in cases:
         config = configuration(layout, precision)
         found[layout, precision, True] = train(config, TRAINED)
+        if layout == "EP2":
+            for name, trained in LOPSIDED.items():
+                found[name, precision, True] = train(config, trained)
         # Later steps differ, as they should.
         found[layout, precision, False] = train(config, None, STEPS if layout == "single" else 1)
     return found
@@ -239,6 +245,17 @@ def test_memory_is_what_the_plan_says(layout: str, precision: str) -> None:
     # Full replicas need more.
     whole = rank_memory(config, layout_of_ranks)
     assert (whole.weights, whole.gradients > planned.gradients) == (planned.weights, True)
+
+
+@pytest.mark.parametrize("name", LOPSIDED)
+def test_a_rank_may_train_no_expert(name: str) -> None:
+    for rank, seen in enumerate(found[name, "fp32", True] for found in outcomes(2)):
+        own = set(LOPSIDED[name]) if rank == 0 else set()
+        assert {e for box in seen.gradients if ".experts." in box.key for e in experts_of(box)} == own
+        assert seen.gradient_numel == seen.held
+        assert len(set(map(tuple, seen.frozen))) == 1
+        assert seen.losses[0] == outcome("EP2", "fp32")[rank].losses[0]
+        assert seen.differing == []
 
 
 def test_a_run_in_which_all_train_fails_these_checks() -> None:
