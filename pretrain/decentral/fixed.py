@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
 
-from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.decentral import DecentralConfig
 from pretrain.decentral.board import Address, Board, BoardError, serve_board
 from pretrain.decentral.meetings import (
@@ -22,7 +20,6 @@ from pretrain.decentral.meetings import (
     exchange_headers,
 )
 from pretrain.decentral.presence import Presence, Watch
-from pretrain.decentral.site import SiteTransport
 from pretrain.decentral.transport import Header, SitesError
 from pretrain.decentral.votes import Decisions
 
@@ -126,11 +123,6 @@ class FixedMeetings:
                 f'decentral.coordinator = "{self._config.coordinator}": site 0 does not answer there ({error}); start '
                 "it, or give its address"
             ) from error
-
-
-def fixed_transport(config: DecentralConfig, ranks: Ranks, stopping: Callable[[], bool]) -> SiteTransport:
-    """The plain transport, see `transport.open_transport`."""
-    return SiteTransport(config, ranks, stopping, FixedMeetings)
 
 
 def _asking(site: int) -> str:

@@ -28,13 +28,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
-from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.decentral import DecentralConfig
 from pretrain.decentral.board import Address, Board, BoardError
 from pretrain.decentral.meetings import (
@@ -47,7 +46,6 @@ from pretrain.decentral.meetings import (
     exchange_headers,
 )
 from pretrain.decentral.presence import Presence, Watch
-from pretrain.decentral.site import SiteTransport
 from pretrain.decentral.transport import Header, SitesError
 from pretrain.decentral.votes import Decisions
 from pretrain.errors import UserError
@@ -61,11 +59,6 @@ CONNECT_SECONDS = 3.0
 PAUSE_SECONDS = 1.0
 LONGEST_REQUEST_SECONDS = 10.0
 """Until enough sites ask."""
-
-
-def torchft_transport(config: DecentralConfig, ranks: Ranks, stopping: Callable[[], bool]) -> SiteTransport:
-    """The transport with changing members, see `transport.open_transport`."""
-    return SiteTransport(config, ranks, stopping, LighthouseMeetings)
 
 
 def serve_lighthouse(config: DecentralConfig, board: Address) -> Any:

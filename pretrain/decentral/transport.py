@@ -19,14 +19,16 @@ Between `open` and `commit` come no collectives inside a site: a rank that fails
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint.ranks import Ranks
 from pretrain.config.decentral import DecentralConfig
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:  # it comes with all of megatron-core, which the coordinator does without
+    from pretrain.checkpoint.ranks import Ranks
 
 Header = dict[str, Any]
 """What a site says of itself when a round opens. JSON values."""
@@ -120,10 +122,10 @@ def open_transport(config: DecentralConfig, ranks: Ranks, stopping: Callable[[],
     Raises:
         UserError: torchft is not installed, or an address is none of this machine's.
     """
-    if config.transport == "fixed":
-        from pretrain.decentral.fixed import fixed_transport  # noqa: PLC0415 (both import this module)
+    # Here, as these modules import this one.
+    from pretrain.decentral.fixed import FixedMeetings  # noqa: PLC0415
+    from pretrain.decentral.site import SiteTransport  # noqa: PLC0415
+    from pretrain.decentral.torchft_transport import LighthouseMeetings  # noqa: PLC0415
 
-        return fixed_transport(config, ranks, stopping)
-    from pretrain.decentral.torchft_transport import torchft_transport  # noqa: PLC0415
-
-    return torchft_transport(config, ranks, stopping)
+    make = FixedMeetings if config.transport == "fixed" else LighthouseMeetings
+    return SiteTransport(config, ranks, stopping, make)

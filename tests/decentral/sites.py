@@ -119,6 +119,13 @@ class Sites:
     def wait(self, mark: str) -> None:
         wait_until((self.folder / mark).exists)
 
+    def appears(self, mark: str, seconds: float) -> bool:
+        """Whether a mark is there within so many seconds."""
+        late = time.monotonic() + seconds
+        while not (found := (self.folder / mark).exists()) and time.monotonic() < late:
+            time.sleep(0.02)
+        return found
+
     def mark(self, name: str) -> None:
         (self.folder / name).touch()
 
@@ -145,10 +152,13 @@ class Sites:
 
 
 @contextmanager
-def sites_of(folder: Path, transport: str, sites: int, ranks: int = 1, **keys: Any) -> Iterator[Sites]:
+def sites_of(
+    folder: Path, transport: str, sites: int, ranks: int = 1, *, coordinator: bool = True, **keys: Any
+) -> Iterator[Sites]:
     """Sites with a coordinator, for the time of a `with` block."""
     found = Sites(folder, transport, sites, ranks, **keys)
-    found.start_coordinator()
+    if coordinator:
+        found.start_coordinator()
     try:
         yield found
     finally:
