@@ -21,16 +21,25 @@ def _gpus() -> int:
 
 
 GPUS = _gpus()
-VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+# The workers of pytest-xdist are children of a process that has hidden the GPUs already, and inherit what it saw.
+SEEN = "PRETRAIN_TESTS_SEE_GPUS"
+EVERY = "every"
+os.environ.setdefault(SEEN, os.environ.get("CUDA_VISIBLE_DEVICES", EVERY))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def with_gpus() -> dict[str, str]:
+    """This environment, with the GPUs that were there before they were hidden."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    visible = os.environ[SEEN]
+    return environment if visible == EVERY else environment | {"CUDA_VISIBLE_DEVICES": visible}
 
 
 @pytest.fixture
 def gpu_environment() -> dict[str, str]:
     """Environment for a process that may use the GPUs."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    return environment if VISIBLE is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE}
+    return with_gpus()
 
 
 @pytest.hookimpl

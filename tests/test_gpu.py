@@ -11,7 +11,25 @@ import pytest
 
 from pretrain.config.load import dump_config
 from pretrain.config.schema import Config
+from tests.conftest import EVERY, SEEN
 from tests.helpers.runs import make_corpus, rows, tiny_config
+
+WORKER = "from tests import conftest; print(conftest.with_gpus().get('CUDA_VISIBLE_DEVICES', conftest.EVERY))"
+CONTROLLER = f"""
+import subprocess, sys
+from tests import conftest
+subprocess.run([sys.executable, "-c", {WORKER!r}], check=True)
+"""
+
+
+@pytest.mark.parametrize("visible", ["3,1", EVERY])
+def test_workers_find_the_gpus_that_their_parent_hid(visible: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in (SEEN, "CUDA_VISIBLE_DEVICES")}
+    if visible != EVERY:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    command, folder = [sys.executable, "-c", CONTROLLER], Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.stdout.strip() == visible, done.stderr
 
 
 def _train(config: Config, file: Path, environment: dict[str, str]) -> list[float]:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 def installed() -> bool:
     """Whether Triton can be imported."""
@@ -24,6 +26,11 @@ def installed() -> bool:
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors. Read by Triton when a kernel is defined."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere (interpreter, compiling ahead) those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,10 @@ class Tile:
     k: int
     warps: int
     stages: int
+    programs: int = 0
+    """Programs of a multiprocessor, which take one block after the other; 0: one program for each block."""
+    flat: bool = False
+    """Whether a program loads the next block's operands while it finishes the last one; takes shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

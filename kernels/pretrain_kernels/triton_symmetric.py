@@ -12,8 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pretrain_kernels.triton_experts.products import multiply_add, whole
 from pretrain_kernels.triton_support import Launch, Tile, interpreting
 
-# Square blocks. The small ones leave out more, and give a GPU enough programs, where matrices are small. Chosen for
-# sm_90 by what the compiler makes of them (no spills, tensor cores); their speed has not been measured.
+# Square blocks. The small ones leave out more, and give a GPU enough programs, where matrices are small; on an H100
+# that is not enough to be faster than torch's products (`newton_schulz.SYMMETRIC_FROM`).
 SMALL = Tile(m=64, n=64, k=64, warps=4, stages=4)
 LARGE = Tile(m=128, n=128, k=64, warps=8, stages=3)
 LARGE_FROM = 768  # rows: 6 x 6 blocks, of which 21 are computed

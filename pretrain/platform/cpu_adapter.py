@@ -1,10 +1,11 @@
 """Lets megatron-core run on CPUs over gloo, with its real tensor, expert, pipeline and data parallelism.
 
-Megatron-core names CUDA in the open: as a device, as streams, as the random generator. `apply` replaces exactly
-those places, once, and only where CUDA is absent; with a GPU nothing is touched. Each patch is one function of
-`PATCHES` whose docstring says what it stands in for. Where the original could only raise without CUDA it is replaced
-on torch itself; everything that also works for ordinary CPU code (factory functions, `torch.cuda.manual_seed`,
-collectives) is replaced inside the megatron-core modules that need it, so that other code sees plain torch.
+Megatron-core names CUDA in the open: as a device, as streams, as the random generator. `apply` replaces exactly those
+places, once, and only where CUDA is absent; with a GPU `router_gemm` alone is needed (see `device.setup`). Each patch
+is one function of `PATCHES` whose docstring says what it stands in for. Where the original could only raise without
+CUDA it is replaced on torch itself; everything that also works for ordinary CPU code (factory functions,
+`torch.cuda.manual_seed`, collectives) is replaced inside the megatron-core modules that need it, so that other code
+sees plain torch.
 """
 
 from __future__ import annotations
@@ -155,7 +156,10 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def router_gemm() -> None:
-    """Stands in for `te_general_gemm`, a name the router reads but only defines when Transformer Engine is there."""
+    """Stands in for `te_general_gemm`, a name the router reads but only defines when Transformer Engine is there.
+
+    Also without it on a GPU. Where the name is defined nothing is touched.
+    """
     moe_utils = _module("transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined]

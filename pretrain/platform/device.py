@@ -55,6 +55,9 @@ def setup(local_rank: int = 0, *, local_world_size: int = 1) -> Device:
     Raises:
         UserError: more processes than GPUs on this machine, or an unsupported megatron-core on a CPU.
     """
+    # Only here: it imports torch's compiler, and what it does megatron-core, which takes seconds.
+    from pretrain.platform import cpu_adapter  # noqa: PLC0415
+
     threads = thread_count(local_world_size)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
@@ -66,10 +69,9 @@ def setup(local_rank: int = 0, *, local_world_size: int = 1) -> Device:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # Without Transformer Engine megatron-core's router fails on a GPU, too.
+        cpu_adapter.router_gemm()
         return Device(device, "nccl", threads, fp32_matmul="as torch has it", allocator="as torch has it")
-    # Only here: it imports megatron-core, which takes seconds.
-    from pretrain.platform import cpu_adapter  # noqa: PLC0415
-
     cpu_adapter.apply()
     return Device(
         torch.device("cpu"), "gloo", threads, fp32_matmul=use_onednn_for_fp32(), allocator=keep_freed_memory()

@@ -276,16 +276,16 @@ def test_backend_is_chosen_by_device_dtype_and_sides(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_backend(cuda, torch.bfloat16, 264, 1024) == "triton"
-    assert choose_backend(torch.device("cpu"), torch.bfloat16, 264, 1024) == "torch"
-    assert choose_backend(cuda, torch.float32, 264, 1024) == "torch"
-    assert choose_backend(cuda, torch.bfloat16, 256, 1024) == "torch"
-    assert choose_backend(cuda, torch.bfloat16, 264, 1020) == "torch"
+    assert choose_backend(cuda, torch.bfloat16, 768, 1024) == "triton"
+    assert choose_backend(torch.device("cpu"), torch.bfloat16, 768, 1024) == "torch"
+    assert choose_backend(cuda, torch.float32, 768, 1024) == "torch"
+    assert choose_backend(cuda, torch.bfloat16, 760, 1024) == "torch"
+    assert choose_backend(cuda, torch.bfloat16, 768, 1020) == "torch"
     monkeypatch.setattr(module.triton_support, "installed", lambda: False)
-    assert choose_backend(cuda, torch.bfloat16, 264, 1024) == "torch"
+    assert choose_backend(cuda, torch.bfloat16, 768, 1024) == "torch"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert choose_backend(cuda, torch.bfloat16, 264, 1024) == "torch"
+    assert choose_backend(cuda, torch.bfloat16, 768, 1024) == "torch"
 
 
 CASES = Path(__file__).parent / "newton_schulz_cases.py"

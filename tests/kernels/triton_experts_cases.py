@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain_kernels.triton_experts import Tiles, choose_tiles, steps, swiglu_experts_triton
 from pretrain_kernels.triton_experts.routing import route_grouped, route_tokens, tile_bound
-from pretrain_kernels.triton_experts.tiles import BEFORE_HOPPER, FEW_ROWS, MANY_ROWS
+from pretrain_kernels.triton_experts.tiles import BEFORE_HOPPER, FEW_ROWS, NARROW, WIDE
 from pretrain_kernels.triton_support import Tile
 
 # Relative error of a norm. fp32: sums of < 100 products. fp16: a few roundings of up to 2^-11. bf16: see above.
@@ -25,10 +25,12 @@ BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 NAMES = ("y", "x", "fc1", "fc2", "scores")
 
 
-def tiles(m: int = 32, n: int = 32, k: int = 32) -> Tiles:
+def tiles(m: int = 32, n: int = 32, k: int = 32, *, gather_first: bool = False, **schedule: int) -> Tiles:
     """Small tiles, so that small cases have several."""
-    tile = Tile(m=m, n=n, k=k, warps=4, stages=2)
-    return Tiles(up=tile, down=tile, dh=tile, dx=tile, dw=tile, dw_gathered=tile)
+    tile = Tile(m=m, n=n, k=k, warps=4, stages=2, **schedule)
+    return Tiles(
+        up=tile, down=tile, dh=tile, dx=tile, dw=tile, dw_left=tile, dw_right=tile, gather_first=gather_first
+    )  # fmt: skip
 
 
 @dataclass
@@ -136,7 +138,18 @@ def test_rows_around_a_tile_and_empty_experts(counts: tuple[int, ...]) -> None:
         assert bool(got["fc1"][expert].any()) == bool(got["fc2"][expert].any()) == bool(count)
 
 
-@pytest.mark.parametrize("tile", [BEFORE_HOPPER, FEW_ROWS, MANY_ROWS], ids=["before_hopper", "few", "many"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("gather_first", [False, True])
+def test_programs_that_take_several_blocks(gather_first: bool, flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "multiprocessors", lambda device: 3)
+    case = Case(choices(40, 4), tiles=tiles(32, 16, 16, gather_first=gather_first, programs=1, flat=flat))
+    case.check(case.run())
+
+
+TABLE = {"before_hopper": BEFORE_HOPPER, "few": FEW_ROWS, "narrow": NARROW, "wide": WIDE}
+
+
+@pytest.mark.parametrize("tile", TABLE.values(), ids=TABLE)
 def test_tiles_of_the_table(tile: Tiles) -> None:
     case = Case(rows(100, 0, 30, 1), tiles=tile)
     case.check(case.run())
@@ -320,7 +333,7 @@ def saved_bytes(run: Callable[[], Tensor], *, apart_from: tuple[Tensor, ...]) ->
 
 
 def test_saved_activations() -> None:
-    """2TD + 4RF bytes in 16 bits, and metadata: 12 bytes a row, the table of tiles and the offsets."""
+    """2TD + 4RF bytes in 16 bits, and metadata: 12 bytes a row, the table of tiles, its length and the offsets."""
     torch.manual_seed(7)
     case = Case(choices(16, 4), dtype=torch.bfloat16, width=64, hidden=48)
     weights = (case.fc1.requires_grad_(), case.fc2.requires_grad_())
@@ -331,7 +344,7 @@ def test_saved_activations() -> None:
 
     tokens, routed = 16, 32
     activations = 2 * tokens * 64 + 4 * routed * 48
-    metadata = 12 * routed + 8 * tile_bound(routed, 4, 32) + 4 * 5
+    metadata = 12 * routed + 8 * tile_bound(routed, 4, 32) + 4 + 4 * 5
     assert saved_bytes(run, apart_from=weights) == activations + metadata
     weights[0].requires_grad_(False)  # x is kept for the gradient of fc1 alone
     assert saved_bytes(run, apart_from=weights) == activations + metadata - 2 * tokens * 64
@@ -406,7 +419,16 @@ def test_what_it_refuses() -> None:
             swiglu_experts_triton(x, fc1, fc2, **(call | changed))
 
 
-def test_the_table_is_chosen_by_rows_of_an_expert() -> None:
-    assert choose_tiles(rows=128 * 64, experts=64, width=1024, capability=90) is FEW_ROWS
-    assert choose_tiles(rows=128 * 64 + 1, experts=64, width=1024, capability=100) is MANY_ROWS
-    assert choose_tiles(rows=128 * 64, experts=64, width=1024, capability=80) is BEFORE_HOPPER
+@pytest.mark.parametrize(
+    ("rows_of_an_expert", "width", "capability", "tiles"),
+    [
+        (96, 1024, 90, FEW_ROWS),
+        (97, 1016, 90, NARROW),
+        (97, 1024, 100, WIDE),
+        (97, 1024, 80, BEFORE_HOPPER),
+    ],
+)
+def test_the_table_is_chosen_by_rows_and_width_of_an_expert(
+    rows_of_an_expert: int, width: int, capability: int, tiles: Tiles
+) -> None:
+    assert choose_tiles(rows=64 * rows_of_an_expert, experts=64, width=width, capability=capability) is tiles

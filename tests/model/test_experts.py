@@ -66,6 +66,35 @@ def test_equals_megatron_cores_experts(rows: list[int], precision: str, mesh: Me
     assert max(errors(*results).values()) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weight_gradients_go_where_data_parallel_sums_them(frozen: bool, mesh: Mesh) -> None:
+    """Into `main_grad`, which megatron-core's DDP gives to the weights that train, on top of what it holds."""
+    model = make_config(MOE, {"model.hidden_size": D, "model.expert_ffn_size": FFN, "model.num_experts": E}).model
+    experts = GroupedExperts(E, transformer_config(model, ParallelConfig(), "fp32"), mesh.groups)
+    layer = random_layer(ROWS["uneven"], dtype=torch.float32)
+    weights = experts.linear_fc1.weight, experts.linear_fc2.weight
+    with torch.no_grad():
+        weights[0].copy_(layer.fc1)
+        weights[1].copy_(layer.fc2)
+
+    def step() -> None:
+        experts(layer.x, torch.tensor(ROWS["uneven"]), layer.routing.scores)[0].backward(layer.dy)
+
+    step()
+    expected = [weight.grad for weight in weights]
+    weights[0].requires_grad_(not frozen)
+    trained = [weight for weight in weights if weight.requires_grad]
+    for weight in weights:
+        weight.grad = None
+    for weight in trained:
+        weight.main_grad = torch.full_like(weight, 2.0)
+    step()
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert weight.grad is None
+        if weight.requires_grad:
+            torch.testing.assert_close(weight.main_grad, 2.0 + gradient, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("asked", "precision", "used"), [("auto", "bf16", "grouped_mm"), ("loop", "fp32", "loop"), ("auto", "fp32", "loop")]
 )

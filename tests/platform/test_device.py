@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 
 from pretrain.errors import UserError
 from pretrain.platform import device
@@ -130,9 +131,12 @@ def test_the_gpu_of_the_local_rank_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.delattr(moe_utils, "te_general_gemm", raising=False)
     result = device.setup(1, local_world_size=2)
     assert (result.device, result.backend) == (torch.device("cuda", 1), "nccl")
     assert chosen == [result.device]
+    # Without it, megatron-core's router fails on a GPU where Transformer Engine is not installed.
+    assert moe_utils.te_general_gemm is None
 
 
 def test_describe_says_every_choice() -> None:

@@ -1,10 +1,11 @@
 # ruff: noqa: ANN001, ANN201, SIM102 - Triton's arguments have no Python types, its branches are compiled
-"""The matrix kernels: up-projection with SwiGLU, row products (down-projection, dX), dH with dSwiGLU, and dW.
+"""The matrix kernels: up-projection with SwiGLU, row products (down-projection, dA', dX), and dW.
 
-A program owns one block of the output. Rows are tiled expert by expert (`Route.tile_expert`), so a block has one
-expert's weights. Contiguous operands are read by tensor descriptors (bulk copies on Hopper, zero past the edges), and
-gathered ones by pointers, straight from the token's row. Sums are fp32. A tile's rows past its expert's end belong to
-the next expert: they may be read (each output row depends on its own input row alone) and are never written.
+A program makes one block of the output, or several one after the other (`Tile.programs`). Rows are tiled expert by
+expert (`Route.tile_expert`), so a block has one expert's weights. Contiguous operands are read by tensor descriptors
+(bulk copies on Hopper, zero past the edges), and gathered ones by pointers, straight from the token's row. Sums are
+fp32. A tile's rows past its expert's end belong to the next expert: they may be read (each output row depends on its
+own input row alone) and are never written.
 R rows, T tokens, D model width, F expert width; `h` is [R, 2F] (gate, then up).
 """
 
@@ -75,133 +76,70 @@ def halves(block, M: tl.constexpr, N: tl.constexpr):
     return block.reshape(M, 2, N // 2).permute(0, 2, 1).split()
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def up_kernel(
-    x, token, fc1, h, a, score, tile_expert, tile_row, offsets, tiles, D, F,
+    x, token, fc1, h, a, score, tile_expert, tile_row, offsets, tile_count, D, F,
     GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """h = x fc1^T (both halves; None: not kept), a = score silu(gate) up.
 
     x: pointer [T, D] if GATHER (row r reads token[r]), else descriptor [R, D]; fc1: descriptor [2E, F, D].
     """
     D, F = whole(D, a), whole(F, a)
-    tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
-    pointers = token_pointers(x, token, row, inside, D, BK) if GATHER else None
-    gate = tl.zeros([BM, BN], tl.float32)
-    up = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, D, BK):
-        rows = load_rows(x, pointers, start, k, D, GATHER, BK)
-        gate_weight = fc1.load([2 * expert, block * BN, k]).reshape(BN, BK)
-        up_weight = fc1.load([2 * expert + 1, block * BN, k]).reshape(BN, BK)
-        gate = multiply_add(rows, gate_weight.T, gate, UPCAST)
-        up = multiply_add(rows, up_weight.T, up, UPCAST)
-    column = block * BN + tl.arange(0, BN)
-    needed = inside[:, None] & (column < F)[None, :]
-    at = row.to(tl.int64)[:, None]
-    if h is not None:
-        tl.store(h + at * (2 * F) + column[None, :], gate.to(h.dtype.element_ty), mask=needed)
-        tl.store(h + at * (2 * F) + F + column[None, :], up.to(h.dtype.element_ty), mask=needed)
-    weight = tl.load(score + row, mask=inside, other=0.0)
-    active = gate * tl.sigmoid(gate) * up * weight[:, None]
-    tl.store(a + at * F + column[None, :], active.to(a.dtype.element_ty), mask=needed)
+    tiles, across = tl.load(tile_count), tl.cdiv(F, BN)
+    for index in tl.range(tl.program_id(0), tiles * across, tl.num_programs(0), flatten=FLAT):
+        tile, block = swizzle(index, tiles, across, GROUP)
+        expert = tl.load(tile_expert + tile)
+        start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
+        pointers = token_pointers(x, token, row, inside, D, BK) if GATHER else None
+        gate = tl.zeros([BM, BN], tl.float32)
+        up = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, D, BK):
+            rows = load_rows(x, pointers, start, k, D, GATHER, BK)
+            gate_weight = fc1.load([2 * expert, block * BN, k]).reshape(BN, BK)
+            up_weight = fc1.load([2 * expert + 1, block * BN, k]).reshape(BN, BK)
+            gate = multiply_add(rows, gate_weight.T, gate, UPCAST)
+            up = multiply_add(rows, up_weight.T, up, UPCAST)
+        column = block * BN + tl.arange(0, BN)
+        needed = inside[:, None] & (column < F)[None, :]
+        at = row.to(tl.int64)[:, None]
+        if h is not None:
+            tl.store(h + at * (2 * F) + column[None, :], gate.to(h.dtype.element_ty), mask=needed)
+            tl.store(h + at * (2 * F) + F + column[None, :], up.to(h.dtype.element_ty), mask=needed)
+        weight = tl.load(score + row, mask=inside, other=0.0)
+        active = gate * tl.sigmoid(gate) * up * weight[:, None]
+        tl.store(a + at * F + column[None, :], active.to(a.dtype.element_ty), mask=needed)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
 def rows_kernel(
-    left, weight, out, tile_expert, tile_row, offsets, tiles, N, DEPTH,
-    TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
+    left, token, weight, out, tile_expert, tile_row, offsets, tile_count, N, DEPTH,
+    TRANSPOSED: tl.constexpr, GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, FLAT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """out [R, N] = left [R, DEPTH] times each row's expert: weight [E, N, DEPTH] if TRANSPOSED, else [E, DEPTH, N].
 
-    left and weight are descriptors.
+    left: pointer [T, DEPTH] if GATHER (row r reads token[r]), else descriptor [R, DEPTH]; weight: descriptor.
     """
     N = whole(N, out)
-    tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(N, BN), GROUP)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    start = tl.load(tile_row + tile)
-    total = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, DEPTH, BK):
-        rows = left.load([start, k])
-        if TRANSPOSED:
-            columns = weight.load([expert, block * BN, k]).reshape(BN, BK).T
-        else:
-            columns = weight.load([expert, k, block * BN]).reshape(BK, BN)
-        total = multiply_add(rows, columns, total, UPCAST)
-    row = start + tl.arange(0, BM)
-    column = block * BN + tl.arange(0, BN)
-    needed = (row < tl.load(offsets + expert + 1))[:, None] & (column < N)[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=needed)
-
-
-@triton.jit
-def dswiglu_columns(
-    d_active, first, start, row, inside, weight, h, dh, scaled, F, BN: tl.constexpr
-):  # fmt: skip
-    """Finish BN columns from `first` of a dH block: write dh and the scaled activation, return the score gradients."""
-    column = first + tl.arange(0, BN)
-    valid = (column < F)[None, :]
-    needed = inside[:, None] & valid
-    gate = h.load([start, first]).to(tl.float32)
-    up = h.load([start, F + first]).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    # Past column F the block holds other columns of h: only what is summed up has to be masked.
-    score_gradient = tl.sum(tl.where(valid, d_active * silu * up, 0.0), axis=1)
-    d_active *= weight[:, None]
-    at = row.to(tl.int64)[:, None]
-    d_gate = d_active * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(dh + at * (2 * F) + column[None, :], d_gate.to(dh.dtype.element_ty), mask=needed)
-    tl.store(dh + at * (2 * F) + F + column[None, :], (d_active * silu).to(dh.dtype.element_ty), mask=needed)
-    tl.store(scaled + at * F + column[None, :], (silu * up * weight[:, None]).to(scaled.dtype.element_ty), mask=needed)
-    return score_gradient
-
-
-@triton.jit
-def dswiglu_half(d_active, first, start, row, inside, weight, h, dh, scaled, F, BM: tl.constexpr, BN: tl.constexpr):
-    """The same for BN columns, one half after the other."""
-    left, right = halves(d_active, BM, BN)
-    gradient = dswiglu_columns(left, first, start, row, inside, weight, h, dh, scaled, F, BN // 2)
-    gradient += dswiglu_columns(right, first + BN // 2, start, row, inside, weight, h, dh, scaled, F, BN // 2)
-    return gradient
-
-
-@triton.jit(do_not_specialize=["tiles", "R"])
-def dh_kernel(
-    dy, token, fc2, h, score, dh, scaled, partial, tile_expert, tile_row, offsets, tiles, R, D, F,
-    GATHER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """dA' = dy fc2, then dh [R, 2F], scaled = score a [R, F], partial[block] [R] = <dA', a> over the block's columns.
-
-    dy: pointer [T, D] if GATHER, else descriptor [R, D]; fc2: descriptor [E, D, F]; h: descriptor [R, 2F] of blocks of
-    BN // 4 columns. The epilogue takes a quarter of the columns at a time: halves do not fit into the registers.
-    """
-    D, F = whole(D, dh), whole(F, dh)
-    tile, block = swizzle(tl.program_id(0), tiles, tl.cdiv(F, BN), GROUP)
-    expert = tl.load(tile_expert + tile)
-    if expert < 0:
-        return
-    start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
-    pointers = token_pointers(dy, token, row, inside, D, BK) if GATHER else None
-    total = tl.zeros([BM, BN], tl.float32)
-    for k in range(0, D, BK):
-        rows = load_rows(dy, pointers, start, k, D, GATHER, BK)
-        columns = fc2.load([expert, k, block * BN]).reshape(BK, BN)
-        total = multiply_add(rows, columns, total, UPCAST)
-    weight = tl.load(score + row, mask=inside, other=0.0)
-    left, right = halves(total, BM, BN)
-    first = block * BN
-    gradient = dswiglu_half(left, first, start, row, inside, weight, h, dh, scaled, F, BM, BN // 2)
-    gradient += dswiglu_half(right, first + BN // 2, start, row, inside, weight, h, dh, scaled, F, BM, BN // 2)
-    tl.store(partial + block.to(tl.int64) * R + row, gradient, mask=inside)
+    tiles, across = tl.load(tile_count), tl.cdiv(N, BN)
+    for index in tl.range(tl.program_id(0), tiles * across, tl.num_programs(0), flatten=FLAT):
+        tile, block = swizzle(index, tiles, across, GROUP)
+        expert = tl.load(tile_expert + tile)
+        start, row, inside = tile_rows(tile, expert, tile_row, offsets, BM)
+        pointers = token_pointers(left, token, row, inside, DEPTH, BK) if GATHER else None
+        total = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, DEPTH, BK):
+            rows = load_rows(left, pointers, start, k, DEPTH, GATHER, BK)
+            if TRANSPOSED:
+                columns = weight.load([expert, block * BN, k]).reshape(BN, BK).T
+            else:
+                columns = weight.load([expert, k, block * BN]).reshape(BK, BN)
+            total = multiply_add(rows, columns, total, UPCAST)
+        column = block * BN + tl.arange(0, BN)
+        needed = inside[:, None] & (column < N)[None, :]
+        tl.store(out + row.to(tl.int64)[:, None] * N + column[None, :], total.to(out.dtype.element_ty), mask=needed)
 
 
 @triton.jit

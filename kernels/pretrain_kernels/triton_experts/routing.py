@@ -36,6 +36,8 @@ class Route:
     """[tiles]: the expert of a row tile, -1 for a surplus entry."""
     tile_row: Tensor
     """[tiles]: the first row of a tile."""
+    tile_count: Tensor
+    """[1]: how many entries of the table are tiles."""
     score: Tensor
     """[R] fp32: combine weight of each sorted row."""
     token: Tensor | None = None
@@ -45,7 +47,7 @@ class Route:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The fields in order, as `Route(*tensors)` takes them."""
-        return (self.offsets, self.tile_expert, self.tile_row, self.score, self.token, self.position)
+        return (self.offsets, self.tile_expert, self.tile_row, self.tile_count, self.score, self.token, self.position)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -76,9 +78,9 @@ def scan_kernel(counts, totals, blocks, E, BLOCK: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def tile_kernel(totals, offsets, tile_expert, tile_row, E, tiles, BM: tl.constexpr, BINS: tl.constexpr,
+def tile_kernel(totals, offsets, tile_expert, tile_row, tile_count, E, tiles, BM: tl.constexpr, BINS: tl.constexpr,
                 STEP: tl.constexpr):  # fmt: skip
-    """Program e < E writes expert e's offset and tiles; program E writes the end and marks the surplus tiles."""
+    """Program e < E writes expert e's offset and tiles; program E writes the end, and marks and counts what is left."""
     me = tl.program_id(0)
     expert = tl.arange(0, BINS)
     rows = tl.load(totals + expert, mask=expert < E, other=0).to(tl.int32)
@@ -88,6 +90,8 @@ def tile_kernel(totals, offsets, tile_expert, tile_row, E, tiles, BM: tl.constex
     mine = tl.where(me < E, tl.sum(tl.where(expert == me, needed, 0)), tiles - first_tile)
     label = tl.where(me < E, me, -1)
     tl.store(offsets + me, first_row)
+    if me == E:
+        tl.store(tile_count, first_tile)
     for step in range(0, mine, STEP):
         index = step + tl.arange(0, STEP)
         # The second bound keeps the writes inside the table even if the counts do not add up to the rows.
@@ -124,10 +128,8 @@ def route_grouped(
     rows_per_expert: Tensor, scores: Tensor, *, tile: int, run: Callable[[Launch], None] = Launch.run
 ) -> Route:
     """Route rows that are grouped by expert already: `rows_per_expert` [E] adds up to the length of `scores` [R]."""
-    experts = rows_per_expert.numel()
-    offsets, tile_expert, tile_row = _tiles(rows_per_expert, rows=scores.numel(), tile=tile, run=run)
-    assert offsets.numel() == experts + 1
-    return Route(offsets=offsets, tile_expert=tile_expert, tile_row=tile_row, score=scores)
+    table = _tiles(rows_per_expert, rows=scores.numel(), tile=tile, run=run)
+    return Route(**table, score=scores)
 
 
 def route_tokens(
@@ -159,28 +161,26 @@ def route_tokens(
             },
         )
     )  # fmt: skip
-    offsets, tile_expert, tile_row = _tiles(totals, rows=rows, tile=tile, run=run)
+    table = _tiles(totals, rows=rows, tile=tile, run=run)
     position, token, score = empty(*experts.shape), empty(rows), empty(rows, dtype=torch.float32)
     arguments = {
-        "experts": experts, "scores": scores, "earlier": counts, "offsets": offsets, "position": position,
-        "token": token, "score": score, "K": per_token,
+        "experts": experts, "scores": scores, "earlier": counts, "offsets": table["offsets"],
+        "position": position, "token": token, "score": score, "K": per_token,
     }  # fmt: skip
     run(Launch(kernel=place_kernel, grid=(blocks,), arguments=arguments | sizes))
-    return Route(
-        offsets=offsets, tile_expert=tile_expert, tile_row=tile_row, score=score, token=token, position=position
-    )
+    return Route(**table, score=score, token=token, position=position)
 
 
-def _tiles(totals: Tensor, *, rows: int, tile: int, run: Callable[[Launch], None]) -> tuple[Tensor, Tensor, Tensor]:
-    """(offsets [E + 1], tile_expert [tiles], tile_row [tiles]) of `totals` [E] rows per expert."""
+def _tiles(totals: Tensor, *, rows: int, tile: int, run: Callable[[Launch], None]) -> dict[str, Tensor]:
+    """The first four fields of a `Route`, of `totals` [E] rows per expert."""
     experts = totals.numel()
     tiles = tile_bound(rows, experts, tile)
-    offsets = torch.empty(experts + 1, dtype=torch.int32, device=totals.device)
-    # One by one: both then start at an aligned address, whatever their length.
-    tile_expert, tile_row = (torch.empty(tiles, dtype=torch.int32, device=totals.device) for _ in range(2))
-    arguments = {
-        "totals": totals, "offsets": offsets, "tile_expert": tile_expert, "tile_row": tile_row, "E": experts,
-        "tiles": tiles, "BM": tile, "BINS": triton.next_power_of_2(experts), "STEP": 128,
+    # One by one: all then start at an aligned address, whatever their length.
+    lengths = {"offsets": experts + 1, "tile_expert": tiles, "tile_row": tiles, "tile_count": 1}
+    table = {name: torch.empty(length, dtype=torch.int32, device=totals.device) for name, length in lengths.items()}
+    arguments = table | {
+        "totals": totals, "E": experts, "tiles": tiles, "BM": tile, "BINS": triton.next_power_of_2(experts),
+        "STEP": 128,
     }  # fmt: skip
     run(Launch(kernel=tile_kernel, grid=(experts + 1,), arguments=arguments))
-    return offsets, tile_expert, tile_row
+    return table

@@ -6,19 +6,23 @@ R rows, T tokens, E experts, D model width, F expert width. Every function takes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pretrain_kernels.triton_experts.activation import dswiglu_launch
 from pretrain_kernels.triton_experts.combine import combine_launch
-from pretrain_kernels.triton_experts.products import dh_kernel, dw_kernel, rows_kernel, up_kernel
+from pretrain_kernels.triton_experts.products import dw_kernel, rows_kernel, up_kernel
 from pretrain_kernels.triton_experts.routing import Route
 from pretrain_kernels.triton_experts.tiles import GROUP, Tiles
-from pretrain_kernels.triton_support import Launch, Tile, interpreting
+from pretrain_kernels.triton_support import Launch, Tile, interpreting, multiprocessors
 
 Run = Callable[[Launch], None]
+
+WHOLE = 16  # the multiple of elements that Triton looks for in a width
 
 
 def forward(
@@ -44,18 +48,13 @@ def backward_rows(
     dy: Tensor, fc2: Tensor, h: Tensor, route: Route, *, tiles: Tiles, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh [R, 2F], score-weighted activations [R, F], gradient of each sorted row's score [R] fp32)."""
-    rows, (_, width, hidden) = route.score.numel(), fc2.shape
-    tile = tiles.dh
-    dh, scaled = torch.empty_like(h), h.new_empty(rows, hidden)
-    partial = torch.empty(triton.cdiv(hidden, tile.n), rows, dtype=torch.float32, device=h.device)
-    arguments = {
-        "dy": dy if route.token is not None else _descriptor(dy, tile.m, tile.k),
-        "token": route.token, "fc2": _descriptor(fc2, 1, tile.k, tile.n), "h": _descriptor(h, tile.m, tile.n // 4),
-        "score": route.score, "dh": dh, "scaled": scaled, "partial": partial, "R": rows, "D": width, "F": hidden,
-        "GATHER": route.token is not None,
-    }  # fmt: skip
-    run(_row_launch(dh_kernel, arguments, route, tile, columns=hidden))
-    return dh, scaled, partial.sum(dim=0)
+    rows, hidden = route.score.numel(), fc2.shape[2]
+    scaled, dh = h.new_empty(rows, hidden), torch.empty_like(h)
+    by_row = torch.empty_like(route.score)
+    # dA' first; the next kernel writes over it.
+    run(_product(dy, fc2, scaled, route, tiles.dh, transposed=False, token=route.token))
+    run(dswiglu_launch(scaled, h, route.score, dh, by_row))
+    return dh, scaled, by_row
 
 
 def backward_input(dh: Tensor, fc1: Tensor, route: Route, *, tiles: Tiles, run: Run) -> Tensor:
@@ -74,8 +73,11 @@ def backward_weight(
     `gathered`: the side ("left" or "right") whose rows are tokens, unless the rows came grouped.
     """
     experts, m, n = out.shape
-    tile = tiles.dw if route.token is None else tiles.dw_gathered
     side = None if route.token is None else gathered
+    if side == "right" and tiles.gather_first:
+        assert route.token is not None
+        right, side = right.index_select(0, route.token), None
+    tile = {None: tiles.dw, "left": tiles.dw_left, "right": tiles.dw_right}[side]
     arguments = {
         "left": None if side == "left" else _descriptor(left, tile.k, tile.m), "left_rows": left,
         "right": None if side == "right" else _descriptor(right, tile.k, tile.n), "right_rows": right,
@@ -91,11 +93,18 @@ def score_gradient(by_row: Tensor, route: Route) -> Tensor:
     return by_row if route.position is None else by_row[route.position]
 
 
-def _product(left: Tensor, weight: Tensor, out: Tensor, route: Route, tile: Tile, *, transposed: bool) -> Launch:
+def _product(
+    left: Tensor, weight: Tensor, out: Tensor, route: Route, tile: Tile, *, transposed: bool,
+    token: Tensor | None = None,
+) -> Launch:  # fmt: skip
+    if token is not None and left.shape[1] % WHOLE:
+        # The masks of gathered rows then take registers that loading ahead needs: they would be spilled.
+        tile = replace(tile, flat=False)
     block = (1, tile.n, tile.k) if transposed else (1, tile.k, tile.n)
     arguments = {
-        "left": _descriptor(left, tile.m, tile.k), "weight": _descriptor(weight, *block), "out": out,
-        "N": out.shape[1], "DEPTH": left.shape[1], "TRANSPOSED": transposed,
+        "left": left if token is not None else _descriptor(left, tile.m, tile.k), "token": token,
+        "weight": _descriptor(weight, *block), "out": out, "N": out.shape[1], "DEPTH": left.shape[1],
+        "TRANSPOSED": transposed, "GATHER": token is not None,
     }  # fmt: skip
     return _row_launch(rows_kernel, arguments, route, tile, columns=out.shape[1])
 
@@ -110,13 +119,17 @@ def _combined(rows: Tensor, route: Route, run: Run) -> Tensor:
 
 
 def _row_launch(kernel: object, arguments: dict[str, object], route: Route, tile: Tile, *, columns: int) -> Launch:
-    """A kernel over all row tiles and blocks of `columns`."""
-    tiles = route.tile_expert.numel()
-    table = {"tile_expert": route.tile_expert, "tile_row": route.tile_row, "offsets": route.offsets, "tiles": tiles}
-    weight = arguments.get("fc1", arguments.get("fc2", arguments.get("weight")))
+    """A kernel over all row tiles and blocks of `columns`: `tile.programs` of each multiprocessor share them."""
+    table = {
+        "tile_expert": route.tile_expert, "tile_row": route.tile_row, "offsets": route.offsets,
+        "tile_count": route.tile_count, "FLAT": tile.flat,
+    }  # fmt: skip
+    weight = arguments.get("fc1", arguments.get("weight"))
     assert isinstance(weight, TensorDescriptor)
-    grid = (tiles * triton.cdiv(columns, tile.n),)
-    return _launch(kernel, grid, arguments | table, tile, dtype=weight.base.dtype)
+    blocks = route.tile_expert.numel() * triton.cdiv(columns, tile.n)
+    if tile.programs:
+        blocks = min(blocks, tile.programs * multiprocessors(weight.base.device))
+    return _launch(kernel, (blocks,), arguments | table, tile, dtype=weight.base.dtype)
 
 
 def _launch(
