@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from pretrain.config.load import flat_keys
 from pretrain.config.ownership import owner_of
 from pretrain.decentral.checking import check_same, digest
 from pretrain.decentral.experts import Item, expert_items, stage_experts, take_experts
 from pretrain.decentral.late import LateExperts
 from pretrain.decentral.merge import Similarity, merged, similarity
-from pretrain.decentral.roles import Roles, check_same_run, roles_of
+from pretrain.decentral.roles import Roles, check_same_run, common_keys, roles_of
 from pretrain.decentral.sending import from_source, mean_of_givers
 from pretrain.decentral.transport import (
     Round,
@@ -37,12 +36,6 @@ from pretrain.run import Run, TrainState, open_batches, shared_slots
 
 AfterStep = Callable[[float], None]
 """Called after every optimizer step with its loss."""
-
-LOCAL_KEYS = (
-    *("run.directory", "data.", "metrics.", "checkpoint.", "eval."),
-    *("decentral.site", "decentral.bind", "decentral.coordinator"),
-)
-"""Keys, or beginnings of keys, that sites may differ in."""
 
 ATTEMPTS = 5
 """Times that a round may fail one after the other before a site gives up: members that fail leave, so that more than a
@@ -130,7 +123,7 @@ class Sites:
             except RoundError as error:
                 self.run.event("round_failed", self.state, members=list(round_.members), reason=str(error))
                 staged = None
-            if round_.commit(staged is not None):
+            if self._commit(round_, staged is not None):
                 break
         else:
             raise self._give_up(
@@ -155,6 +148,13 @@ class Sites:
         except SitesError as error:
             raise self._give_up(error) from error
 
+    def _commit(self, round_: Round, ok: bool) -> bool:
+        try:
+            return round_.commit(ok)
+        except SitesError as error:
+            # Whether the others took the round over is unknown; they tell when this site comes back.
+            raise self._give_up(error) from error
+
     def _give_up(self, error: SitesError) -> SitesError:
         """Save what was trained since the last round: a site that comes back goes on from here."""
         if self.is_due:
@@ -163,13 +163,13 @@ class Sites:
         return error
 
     def _header(self) -> dict[str, Any]:
-        state, config = self.state, self.run.config
-        keys = {key: value for key, value in flat_keys(config).items() if not key.startswith(LOCAL_KEYS)}
+        state = self.state
         return {
             "round": state.decentral["round"],
             "step": state.step,
             "due": self.is_due,
-            "config": keys | {"data.train": state.data_fingerprint, "world size": self.run.mesh.world_size},
+            "config": common_keys(self.run.config)
+            | {"data.train": state.data_fingerprint, "world size": self.run.mesh.world_size},
             "loss": sum(self._losses) / len(self._losses) if self._losses else None,
             "position": {
                 "samples": state.samples,

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.config.load import flat_keys
+from pretrain.config.schema import Config
 from pretrain.errors import ConfigError
+
+LOCAL_KEYS = (
+    *("run.directory", "data.", "metrics.", "checkpoint.", "eval."),
+    *("decentral.site", "decentral.bind", "decentral.coordinator"),
+)
+"""Keys, or beginnings of keys, that sites may differ in."""
 
 Header = Mapping[str, Any]
 """What a site says of itself, JSON: among it `round` (synchronisations its weights have been through; -1: it has not
@@ -73,6 +81,11 @@ def roles_of(headers: Mapping[int, Header]) -> Roles:
         stale=stale,
         moved=frozenset(headers) - frozenset(at_front),
     )
+
+
+def common_keys(config: Config) -> dict[str, Any]:
+    """The keys that all sites of a run must have in common, with their values."""
+    return {key: value for key, value in flat_keys(config).items() if not key.startswith(LOCAL_KEYS)}
 
 
 def check_same_run(headers: Mapping[int, Header], *, site: int, source: int) -> None:
