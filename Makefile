@@ -2,7 +2,7 @@
 
 BIN := .venv/bin
 READY := .venv/.ready
-SCRIPTS := .ci/run .ci/make-venv launch/env.sh launch/torchrun.sh launch/slurm.sbatch
+SCRIPTS := .ci/run .ci/make-venv launch/env.sh launch/torchrun.sh launch/sites.sh launch/slurm.sbatch
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench venv clean

@@ -97,6 +97,13 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _coordinator(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.set)
+    from pretrain.decentral.coordinator import coordinate  # noqa: PLC0415
+
+    return coordinate(config.decentral)
+
+
 def _data_prepare(options: argparse.Namespace) -> int:
     from pretrain.data.prepare import PrepareOptions, prepare  # noqa: PLC0415
 
@@ -213,7 +220,14 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         "Prepare a corpus, train a small mixture of experts on it, and report.",
         "pretrain demo configs/demo.toml --set budget.steps=600",
     )
-    for sub in (train, plan):
+    coordinator = command(
+        commands,
+        "coordinator",
+        _coordinator,
+        "Let the sites of [decentral] find each other and agree. May be started again at any time.",
+        "pretrain coordinator configs/decentral/two-sites.toml",
+    )
+    for sub in (train, plan, coordinator):
         sub.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (TOML)")
     demo.add_argument(
         "config",
@@ -223,7 +237,7 @@ def _add_run_commands(commands: argparse._SubParsersAction) -> None:
         metavar="CONFIG",
         help="configuration file (default: %(default)s)",
     )
-    for sub in (train, plan, demo):
+    for sub in (train, plan, coordinator, demo):
         add_set(sub)
 
 

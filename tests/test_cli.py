@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "train",
     "plan",
+    "coordinator",
     "demo",
     "data prepare",
     "data verify",

@@ -7,6 +7,7 @@ server is empty; whoever wrote something that still matters writes it again (`vo
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -69,7 +70,7 @@ def address_of(bind: str) -> str:
             pass
     except OSError as error:
         raise UserError(
-            f'decentral.bind = "{bind}": no address or network interface of this machine ({error.strerror or error}); '
+            f'decentral.bind = "{bind}": no address or network interface of this machine ({_reason(error)}); '
             "give one that the other sites can reach"
         ) from error
     return bind
@@ -86,7 +87,7 @@ def serve_board(host: str, port: int) -> dist.TCPStore:
         listener = socket.create_server((host, port), family=_family(host), backlog=1024)
     except OSError as error:
         raise UserError(
-            f'decentral.coordinator = "{address}": cannot listen there ({error.strerror or error}); is a coordinator '
+            f'decentral.coordinator = "{address}": cannot listen there ({_reason(error)}); is a coordinator '
             "running already? Give decentral.coordinator another port, and decentral.bind an address of this machine"
         ) from error
     port = listener.getsockname()[1]
@@ -99,7 +100,7 @@ def connect(address: Address, seconds: float) -> dist.TCPStore:
         # TCPStore's own attempts write a C++ stack trace each.
         socket.create_connection((address.host, address.port), timeout=PROBE_SECONDS).close()
     except OSError as error:
-        raise BoardError(f"{address}: {error.strerror or error}") from error
+        raise BoardError(f"{address}: {_reason(error)}") from error
     timeout = timedelta(seconds=seconds)
     return within(
         seconds + PROBE_SECONDS,
@@ -184,6 +185,11 @@ class Board:
         except BoardError:
             self._store = None
             raise
+
+
+def _reason(error: OSError) -> str:
+    """Without what Python adds to it."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pretrain.config.decentral import DecentralConfig
-from pretrain.decentral.board import Address, Board, address_of, serve_board
+from pretrain.decentral.board import Address, Board, BoardError, address_of, serve_board
 from pretrain.decentral.meetings import BOARD_SECONDS
 from pretrain.decentral.presence import BEAT_SECONDS, Watch
 from pretrain.decentral.torchft_transport import lighthouse_of, serve_lighthouse
@@ -34,7 +34,8 @@ def coordinate(config: DecentralConfig | None) -> int:
             f'decentral.transport = "{config.transport}": needs no coordinator, as site 0 does without; start the sites'
         )
     ended = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda *_: ended.set()) for number in heard}
     try:
         with serving(config) as address:
             print(
@@ -66,7 +67,11 @@ def _watch(config: DecentralConfig, address: Address, ended: threading.Event) ->
     board, watch = Board(address, BOARD_SECONDS), Watch(config.sites)
     before: Mapping[int, dict[str, Any]] = {}
     while not ended.wait(BEAT_SECONDS):
-        watch.look(board)
+        try:
+            watch.look(board)
+        except BoardError as error:
+            print(f"coordinator: the board is slow to answer ({error})", flush=True)
+            continue
         now = watch.here()
         for site in range(config.sites):
             if site in now and (site not in before or now[site]["process"] != before[site]["process"]):

@@ -18,6 +18,7 @@ from pretrain.decentral.meetings import (
     MeetingError,
     Patience,
     exchange_headers,
+    sweep,
 )
 from pretrain.decentral.presence import Presence, Watch
 from pretrain.decentral.transport import Header, SitesError
@@ -34,6 +35,7 @@ class FixedMeetings:
         self._board = Board(address, BOARD_SECONDS)
         self._presence = Presence(Board(address, BOARD_SECONDS), config.site, decisions)
         self._watch = Watch(config.sites)
+        self._past: list[str] = []
         self._lost_since = 0.0
 
     def meet(self, header: Header, patience: Patience) -> Meeting:
@@ -41,6 +43,7 @@ class FixedMeetings:
         while True:
             try:
                 name = self._gather(patience)
+                sweep(self._board, self._past, name)
                 return exchange_headers(
                     self._board,
                     name,

@@ -18,6 +18,7 @@ BOARD_SECONDS = 10.0
 POLL_SECONDS = 0.1
 ROUNDS = "rounds/"
 KEPT_ROUNDS = 4
+"""What a round left on the board stays for so many rounds, for members that are slow to read it."""
 
 
 class MeetingError(Exception):
@@ -29,7 +30,7 @@ class Meeting:
     """What the members of a round know alike."""
 
     name: str
-    """Of this round alone; later rounds have names that sort behind it."""
+    """Of this round alone."""
     headers: Mapping[int, Header]
     """By site; the members are its keys."""
 
@@ -116,13 +117,20 @@ def exchange_headers(
         )
     if odd := [member for member in members if told[member]["ranks"] != usual]:
         raise MeetingError(f"sites {odd} have another number of ranks than {usual}")
-    _sweep(board, name)
     return Meeting(name, {member: told[member]["header"] for member in members})
 
 
-def _sweep(board: Board, name: str) -> None:
-    """Remove what older rounds have left on the board."""
-    keys = board.all_keys()
-    rounds = {"/".join(key.split("/")[:2]) for key in keys if key.startswith(ROUNDS)}
-    kept = {name, *sorted(rounds)[-KEPT_ROUNDS:]}
-    board.delete(key for key in keys if key.startswith(ROUNDS) and "/".join(key.split("/")[:2]) not in kept)
+def sweep(board: Board, past: list[str], name: str) -> None:
+    """Note the round `name`, and remove from the board what those long before it have left.
+
+    Args:
+        past: rounds that this site was in, oldest first; changed.
+
+    Raises:
+        BoardError: the board is gone.
+    """
+    past.append(name)
+    old = tuple(f"{round_}/" for round_ in past[:-KEPT_ROUNDS])
+    if old:
+        board.delete(key for key in board.all_keys() if key.startswith(old))
+        del past[:-KEPT_ROUNDS]

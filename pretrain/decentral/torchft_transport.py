@@ -19,8 +19,9 @@ without a heartbeat for `DEAD_SECONDS` does not count. Three things follow that 
 
 Heartbeats are sent by a thread of torchft's own, which Python's lock does not hold up while a large file is written.
 
-With a majority as the minimum, any two quorums share a site. With decentral.min_sites below one they may not: sites
-that reach the lighthouse only while the others do not, as after a network failure, each go on alone.
+With a majority as the minimum, which the rules of the configuration ask for, any two quorums share a site. With less
+they may not: sites that reach the lighthouse only while the others do not, as after a network failure, would each go on
+alone.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from pretrain.decentral.meetings import (
     MeetingError,
     Patience,
     exchange_headers,
+    sweep,
 )
 from pretrain.decentral.presence import Presence, Watch
 from pretrain.decentral.transport import Header, SitesError
@@ -101,6 +103,7 @@ class LighthouseMeetings:
         self._client: Any = None
         self._board = Board(address, BOARD_SECONDS)
         self._watch = Watch(config.sites)
+        self._past: list[str] = []
         self._assembled = False
         self._presence = Presence(Board(address, BOARD_SECONDS), config.site, decisions, self._keep_alive)
 
@@ -135,10 +138,11 @@ class LighthouseMeetings:
         if len(members) < self._config.quorum:
             raise MeetingError(f"{len(members)} of at least {self._config.quorum} sites are there")
         # Its number would not do: a restarted lighthouse counts anew, and one with the same members does not count on.
-        created = quorum.created
+        name = f"{ROUNDS}{quorum.created.seconds}.{quorum.created.nanos:09d}"
+        sweep(self._board, self._past, name)
         return exchange_headers(
             self._board,
-            f"{ROUNDS}{created.seconds:011d}.{created.nanos:09d}",
+            name,
             site=self._config.site,
             members=sorted(members),
             header=header,
@@ -196,15 +200,14 @@ class LighthouseMeetings:
         missing = ", ".join(self._watch.describe(site) for site in range(config.sites) if site not in waiting)
         return (
             f"decentral.min_sites = {config.min_sites}: a round needs {config.quorum} of {config.sites} sites; waited "
-            f"for {limit} without {missing or 'an agreement'}; start what is missing, then this site again, or lower "
-            "decentral.min_sites"
+            f"for {limit} without {missing or 'an agreement'}; start what is missing, then this site again"
         )
 
     def _keep_alive(self) -> None:
         """Have torchft send heartbeats, from the first moment at which there is a lighthouse to send them to."""
         if self._heartbeat is not None:
             return
-        with suppress(RuntimeError):  # no lighthouse yet; whoever asks it for a quorum says so
+        with suppress(RuntimeError, TimeoutError):  # no lighthouse yet; whoever asks it for a quorum says so
             self._heartbeat = self._torchft.ManagerServer(
                 replica_id=self._replica,
                 lighthouse_addr=self._url,

@@ -17,8 +17,9 @@ end with the same answer as long as one of the members who know it lives for `ti
 takes to come back, or nobody knew it.
 
 Not guaranteed: if the board is lost between two members' reading the decision, and those who read it are lost, too,
-before they could write it again, the others abort what the lost ones may have committed, and saved. These notice when
-they come back, as their last committed round is then ahead of the others'. And there is no answer without a board: a
+before they could write it again, the others abort what the lost ones may have committed, and saved. The same holds for
+a member that was frozen between its vote and the decision for longer than the board keeps one (`meetings.KEPT_ROUNDS`).
+Both are seen at the next round, as the last committed rounds then differ. And there is no answer without a board: a
 member that has said yes waits for it for `patience_seconds`, and then gives up its run.
 """
 
@@ -36,7 +37,7 @@ COMMIT, ABORT, YES = "commit", "abort", "yes"
 POLL_SECONDS = 0.05
 RETRY_SECONDS = 1.0
 KEPT = 64
-"""Decisions kept: of several rounds, while all members of one are never more than a round apart."""
+"""Decisions of the last rounds, of which those that somebody may still ask for are the last few."""
 
 
 class Decisions:

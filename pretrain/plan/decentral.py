@@ -99,6 +99,9 @@ class DecentralPlan:
 
     kind: str
     sites: int
+    transport: str
+    directory: str
+    """Of all sites; each writes to a folder in it."""
     quorum: int
     """Fewest members of a round."""
     outer: str
@@ -154,6 +157,8 @@ def plan_decentral(config: Config, layout: Layout) -> DecentralPlan | None:
     return DecentralPlan(
         kind=decentral.kind,
         sites=decentral.sites,
+        transport=decentral.transport,
+        directory=str(config.run.directory),
         quorum=decentral.quorum,
         outer=decentral.outer_rule,
         sync_every_steps=decentral.sync_every_steps,

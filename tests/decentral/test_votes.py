@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 from pretrain.decentral import votes
 from pretrain.decentral.board import Address, Board, BoardError, address_of, serve_board, within
-from pretrain.decentral.meetings import GivenUpError, Meeting, MeetingError, Patience, exchange_headers
+from pretrain.decentral.meetings import (
+    KEPT_ROUNDS,
+    GivenUpError,
+    Meeting,
+    MeetingError,
+    Patience,
+    exchange_headers,
+    sweep,
+)
 from pretrain.decentral.rounds import children
 from pretrain.decentral.torchft_transport import newest
 from pretrain.decentral.transport import SitesError
@@ -112,11 +120,19 @@ def headers(
 
 def test_headers(served: dist.TCPStore) -> None:
     with ThreadPoolExecutor(3) as pool:
-        for number in range(8):
-            told = list(pool.map(lambda site, name=f"rounds/{number}": headers(served, name, site, 3), range(3)))
-            assert told == [Meeting(f"rounds/{number}", {site: {"from": site} for site in range(3)})] * 3
-    left = {key.split("/")[1] for key in client(served).all_keys()}
-    assert left == {"4", "5", "6", "7"}, "old rounds are swept away"
+        told = list(pool.map(lambda site: headers(served, "rounds/0", site, 3), range(3)))
+    assert told == [Meeting("rounds/0", {site: {"from": site} for site in range(3)})] * 3
+
+
+def test_old_rounds_are_swept_away(served: dist.TCPStore) -> None:
+    board, past = client(served), list[str]()
+    board.set("sites/0", "")
+    for number in range(KEPT_ROUNDS + 7):
+        board.set(f"rounds/{number}/1/decision", "commit")
+        sweep(board, past, f"rounds/{number}")
+    left = {key.split("/")[1] for key in board.all_keys() if key.startswith("rounds/")}
+    assert left == {str(number) for number in range(7, KEPT_ROUNDS + 7)}, "rounds/1 is none of rounds/10"
+    assert board.get("sites/0") == ""
 
 
 def test_a_member_that_says_nothing(served: dist.TCPStore) -> None:

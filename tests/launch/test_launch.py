@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-SCRIPTS = ["launch/env.sh", "launch/slurm.sbatch", "launch/torchrun.sh", ".ci/make-venv", ".ci/run"]
+SCRIPTS = ["launch/env.sh", "launch/sites.sh", "launch/slurm.sbatch", "launch/torchrun.sh", ".ci/make-venv", ".ci/run"]
 ARGUMENTS = ["configs/my run.toml", "--set", 'run.directory="a b/$HOME/*"', "--set", "batch.global_batch_size=8"]
 PATIENCE_SECONDS = 120
 RECORDED = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK"]
@@ -305,3 +305,149 @@ def test_slurm_says_where_to_submit_from(cluster: Workplace, tmp_path: Path) -> 
     assert code == 2
     assert "submit from the root of the repository" in output
     assert cluster.calls("srun") == []
+
+
+# Several sites
+
+
+PLAN = """
+if sys.argv[1] == "plan":
+    print(json.dumps({"decentral": DECENTRAL}, indent=2))
+    sys.exit(0)
+if sys.argv[1] == "coordinator":
+    import signal, time
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    print("listening", flush=True)
+    time.sleep(120)
+    sys.exit(9)
+site = int(sys.argv[-1].removeprefix("decentral.site="))
+starts = len(list(Path(os.environ["RECORDS"]).glob(f"start-{site}-*")))
+Path(os.environ["RECORDS"], f"start-{site}-{os.getpid()}").touch()
+print(f"site {site} writes", flush=True)
+"""
+
+
+@pytest.fixture
+def sites(workplace: Workplace) -> Callable[..., None]:
+    """Put a `pretrain` on PATH that plans two sites, coordinates, and trains by running a body: it knows its `site`,
+    and how often that was started before, `starts`."""
+
+    def stand_in(body: str = "", **changes: object) -> None:
+        decentral = {"sites": 2, "transport": "torchft", "directory": str(workplace.root / "the runs")} | changes
+        workplace.stand_in("pretrain", PLAN.replace("DECENTRAL", repr(decentral)) + body)
+
+    return stand_in
+
+
+def commands(workplace: Workplace) -> dict[str, list[list[str]]]:
+    """The arguments of all calls of `pretrain`, by command."""
+    found: dict[str, list[list[str]]] = {}
+    for call in workplace.calls("pretrain"):
+        found.setdefault(call["argv"][0], []).append(call["argv"][1:])
+    return {name: sorted(calls) for name, calls in found.items()}
+
+
+def test_sites_and_their_coordinator(workplace: Workplace, sites: Callable[..., None]) -> None:
+    sites()
+    code, output = workplace.run("sites.sh", *ARGUMENTS)
+    assert code == 0, output
+    assert commands(workplace) == {
+        "plan": [[*ARGUMENTS, "--world-size", "1", "--json"]],
+        "coordinator": [ARGUMENTS],
+        "train": [[*ARGUMENTS, "--set", f"decentral.site={site}"] for site in range(2)],
+    }
+    runs = workplace.root / "the runs"
+    assert [(runs / f"site_{site}" / "log.txt").read_text() for site in range(2)] == [
+        "site 0 writes\n",
+        "site 1 writes\n",
+    ]
+    assert output.count("done") == 2
+    assert workplace.calls("pretrain")[0]["env"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_sites_of_several_processes(workplace: Workplace, sites: Callable[..., None]) -> None:
+    sites(transport="fixed", sites=3)
+    workplace.stand_in("torchrun")
+    code, output = workplace.run("sites.sh", *ARGUMENTS, NPROC="2")
+    assert code == 0, output
+    started = [options_and_command(call["argv"]) for call in workplace.calls("torchrun")]
+    assert sorted(command for _, command in started) == [
+        ["pretrain", "train", *ARGUMENTS, "--set", f"decentral.site={site}"] for site in range(3)
+    ]
+    assert all(options[:2] == ["--standalone", "--nproc-per-node=2"] for options, _ in started)
+    assert commands(workplace) == {"plan": [[*ARGUMENTS, "--world-size", "2", "--json"]]}, "nobody needs a coordinator"
+
+
+def test_a_failed_site_is_started_again(workplace: Workplace, sites: Callable[..., None]) -> None:
+    sites("sys.exit(9 if site == 1 and starts < 2 else 0)")
+    code, output = workplace.run("sites.sh", "c.toml", RESTARTS="2")
+    assert code == 0, output
+    assert (workplace.marks("start-0"), workplace.marks("start-1")) == (1, 3)
+    assert output.count("site 1: failed with 9, starting it again") == 2
+
+
+@pytest.mark.parametrize(("code", "starts"), [(9, 2), (2, 1)])
+def test_the_first_real_failure_ends_all_sites(
+    workplace: Workplace, sites: Callable[..., None], code: int, starts: int
+) -> None:
+    """A mistake of the user's is not tried again."""
+    waits = SAVES_ON_SIGNAL.replace("SIGUSR1", "SIGTERM")
+    sites(f"if site == 1: sys.exit({code})\n{waits}")
+    found, output = workplace.run("sites.sh", "c.toml", RESTARTS="1")
+    assert found == code, output
+    assert workplace.marks("start-1") == starts
+    assert workplace.marks("saved") == 1
+    assert f"site 1: failed with {code}, ending the others: see " in output
+    assert "site 0: ended with 75" in output
+
+
+@pytest.mark.parametrize(
+    ("number", "passed"), [(signal.SIGUSR1, "SIGUSR1"), (signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGTERM")]
+)
+def test_sites_are_told_to_save(
+    workplace: Workplace, sites: Callable[..., None], number: signal.Signals, passed: str
+) -> None:
+    sites(SAVES_ON_SIGNAL.replace("SIGUSR1", passed))
+    process = workplace.start("sites.sh", "c.toml", RESTARTS="3")
+    try:
+        wait_until(lambda: workplace.marks("running") == 2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 75, output
+    assert (workplace.marks("saved"), workplace.marks("start")) == (2, 2)
+
+
+def test_a_coordinator_is_started_again(workplace: Workplace, sites: Callable[..., None]) -> None:
+    sites('while len(list(Path(os.environ["RECORDS"]).glob("pretrain-*"))) < 5: pass')
+    process = workplace.start("sites.sh", "c.toml")
+    try:
+        wait_until(lambda: "coordinator" in commands(workplace) and workplace.marks("start") == 2)
+        log = workplace.root / "the runs" / "coordinator.txt"
+        wait_until(lambda: log.exists() and "listening" in log.read_text())
+        (first,) = [
+            path.name.rpartition("-")[2]
+            for path in workplace.records.glob("pretrain-*")
+            if json.loads(path.read_text())["argv"][0] == "coordinator"
+        ]
+        os.kill(int(first), signal.SIGKILL)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "coordinator: ended with 137, starting it again" in output
+    assert len(commands(workplace)["coordinator"]) == 2
+
+
+def test_sites_need_a_plan(workplace: Workplace) -> None:
+    workplace.stand_in("pretrain", 'print("error: c.toml: bad", file=sys.stderr)\nsys.exit(2)')
+    code, output = workplace.run("sites.sh", "c.toml")
+    assert code == 2
+    assert output == "error: c.toml: bad\n"
+    workplace.stand_in("pretrain", "print('{\"decentral\": null}')")
+    code, output = workplace.run("sites.sh", "c.toml")
+    assert code == 1
+    assert output == "launch/sites.sh: the configuration has no section [decentral]\n"
+    assert workplace.run("sites.sh")[0] == 2
+    assert set(commands(workplace)) == {"plan"}
