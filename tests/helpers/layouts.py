@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ def single_process() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Models and the groups they hold refer to each other; each group's threads wake up all the time until it goes.
+        gc.collect()
 
 
 @contextmanager
