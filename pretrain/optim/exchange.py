@@ -48,13 +48,14 @@ def gather_lanes(
     *,
     host: bool = False,
 ) -> None:
-    """`lanes[r]` are the flat tensors rank r owns; fill everyone else's, `chunk` elements of each lane at a time.
+    """`lanes[r]` are the flat tensors rank r owns; fill everyone else's, up to `chunk` elements of each at a time.
 
     all_gather: a tensor of this rank -> those of all ranks, in order. `host`: it takes tensors on the CPU, wherever the
     lanes are.
     """
     longest = max(sum(flat.numel() for flat in lane) for lane in lanes)
-    chunk = min(chunk, longest)
+    # Equal parts: what fills up the last one is sent, too.
+    chunk = -(-longest // -(-longest // chunk))
     like = next(flat for lane in lanes for flat in lane)
     # Lanes that are shorter are padded with whatever is in the buffer.
     sent = like.new_empty(chunk, device="cpu" if host else None)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.decentral.sending import from_publishers, from_source, mean_of_givers
+from pretrain.optim.exchange import gather_lanes
 from tests.helpers.distributed import run_ranks
 from tests.helpers.sites import GroupRound
 
@@ -77,6 +78,19 @@ def test_publishers_bytes_win(publishers: list[int], dtype: torch.dtype, bucket_
             else:
                 assert torch.equal(tensor, _tensors(publisher, dtype)[i])
                 assert not torch.equal(tensor, _tensors(site, dtype)[i])
+
+
+@pytest.mark.parametrize(("chunk", "parts"), [(22, [17] * 3), (50, [50]), (1000, [50]), (49, [25] * 2), (1, [1] * 50)])
+def test_little_more_is_sent_than_there_is(chunk: int, parts: list[int]) -> None:
+    """The last part is sent whole, with whatever is in the buffer: parts of 22 would be 66 in all."""
+    sent = []
+
+    def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+        sent.append(len(tensor))
+        return [tensor, tensor]
+
+    gather_lanes([[torch.ones(20), torch.ones(30)], [torch.ones(10)]], 0, chunk, all_gather)
+    assert sent == parts
 
 
 def _empty_lists() -> list[int]:
