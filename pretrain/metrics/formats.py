@@ -20,6 +20,12 @@ def flop_count(value: float, _: object = None) -> str:
     return _scaled(value, ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")))
 
 
+def byte_count(value: float, _: object = None) -> str:
+    """950 B, 12.5 kB, 2.5 MB, 20 GB"""
+    text = _scaled(value, ((1e15, " PB"), (1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB")))
+    return text if text.endswith("B") else f"{text} B"
+
+
 def duration(seconds: float) -> str:
     """45s, 3m20s, 5h07m, 12d03h"""
     total = round(seconds)

@@ -55,6 +55,15 @@ class History:
         return [event for event in self.events if event["event"] == "restart"]
 
     @property
+    def wall_seconds(self) -> float:
+        """As the run's clock has told, and from there, or from the first event, to the last row."""
+        times = [row["time"] for row in (*self.events, *self.train, *self.valid)]
+        told = self.last_event("goodput")
+        if told is None:
+            return float(max(times) - min(times))
+        return float(told["wall_seconds"] + max(times) - told["time"])
+
+    @property
     def is_moe(self) -> bool:
         return any("moe" in row for row in self.train)
 

@@ -14,30 +14,38 @@ from pretrain.errors import RunDirectoryError
 from pretrain.metrics.formats import count, duration, flop_count
 from pretrain.metrics.history import History, read_histories, series
 from pretrain.metrics.plot_moe import draw_moe
+from pretrain.metrics.plot_sites import draw_sites
 from pretrain.metrics.plots import draw_loss, draw_lr_and_grad_norm, draw_throughput
+from pretrain.metrics.sites import site_lines, site_runs, with_sites
 
 NONE = "-"
 
 
 def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write `report.md`, `loss.png`, `throughput.png`, `lr_gradnorm.png` and, when any run has experts, `moe.png`.
+    """Write `report.md`, `loss.png`, `throughput.png`, `lr_gradnorm.png` and, when any run has experts, `moe.png`; for
+    a run whose sites have met `sites.png`, for several `sites_1.png` and so on.
 
-    Returns the folder: `out`, or `report` in the run, or `report` beside several runs. Raises RunDirectoryError for
-    a folder that is no run, has no rows, or cannot be written to.
+    The directory of a run with sites stands for those of all its sites. Returns the folder: `out`, or `report` in the
+    run, or `report` beside several runs. Raises RunDirectoryError for a folder that is no run, has no rows, or cannot
+    be written to.
     """
+    run_dirs = with_sites(run_dirs)
     histories = read_histories(run_dirs)
     folder = out or _default_folder(run_dirs)
-    pictures: dict[str, Callable[[Sequence[History]], Figure]] = {
-        "loss.png": draw_loss,
-        "throughput.png": draw_throughput,
-        "lr_gradnorm.png": draw_lr_and_grad_norm,
+    pictures: dict[str, Figure] = {
+        "loss.png": draw_loss(histories),
+        "throughput.png": draw_throughput(histories),
+        "lr_gradnorm.png": draw_lr_and_grad_norm(histories),
     }
     if any(history.is_moe for history in histories):
-        pictures["moe.png"] = draw_moe
+        pictures["moe.png"] = draw_moe(histories)
+    runs = site_runs(histories)
+    for number, run in enumerate(runs):
+        pictures[f"sites_{number + 1}.png" if len(runs) > 1 else "sites.png"] = draw_sites(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in pictures.items():
-            draw(histories).savefig(folder / name, facecolor="white")
+        for name, figure in pictures.items():
+            figure.savefig(folder / name, facecolor="white")
         (folder / "report.md").write_text(_markdown(histories, list(pictures)))
     except OSError as error:
         raise RunDirectoryError(
@@ -49,7 +57,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 def summary(run_dirs: Sequence[Path]) -> str:
     """The tables of the report as aligned lines: a figure a line and a run a column; then a growth a line, if any.
     Raises as `write_report`."""
-    histories = read_histories(run_dirs)
+    histories = read_histories(with_sites(run_dirs))
     growths = _growth_table(histories, GROWTH_SUMMARY)
     return "\n\n".join(_aligned(table) for table in (_table(histories), growths) if table)
 
@@ -123,15 +131,6 @@ def _parameters(history: History) -> str:
     return f"{count(parameters['total'])} / {count(parameters.get('active', parameters['total']))}"
 
 
-def _wall_time(history: History) -> str:
-    """As the run's clock has told, and from there, or from the first event, to the last row."""
-    times = [row["time"] for row in (*history.events, *history.train, *history.valid)]
-    told = history.last_event("goodput")
-    if told is None:
-        return duration(max(times) - min(times))
-    return duration(told["wall_seconds"] + max(times) - told["time"])
-
-
 def _goodput(history: History) -> str:
     event = history.last_event("goodput")
     if event is None:
@@ -155,7 +154,7 @@ FIELDS: dict[str, Callable[[History], str]] = {
     "best validation": _best_valid,
     "baselines": _baseline,
     "tokens/s, median": _median_rate,
-    "wall time": _wall_time,
+    "wall time": lambda history: duration(history.wall_seconds),
     "goodput": _goodput,
     "restarts": lambda history: str(len(history.restarts)),
     "skipped steps": lambda history: str(len(history.events_in_force("skip"))),
@@ -165,7 +164,8 @@ FIELDS: dict[str, Callable[[History], str]] = {
 def _table(histories: Sequence[History]) -> list[list[str]]:
     """Lines of cells: the names of the runs, then a figure a line."""
     names = ["", *(history.name for history in histories)]
-    return [names, *([field, *map(figure, histories)] for field, figure in FIELDS.items())]
+    lines = [[field, *map(figure, histories)] for field, figure in FIELDS.items()]
+    return [names, *lines, *site_lines(histories)]
 
 
 GROWTH_FIELDS: dict[str, Callable[[dict[str, Any]], str]] = {
