@@ -276,7 +276,7 @@ def _add_result_commands(commands: argparse._SubParsersAction) -> None:
         "Draw the pictures and the table of one run, or of several together.",
         "pretrain report runs/small runs/large --out comparison",
     )
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, or one of sites")
     report.add_argument("--out", type=Path, help="folder (default: report/ in the run, or beside several runs)")
 
 
@@ -289,10 +289,11 @@ def _add_bench_command(commands: argparse._SubParsersAction) -> None:
         "pretrain bench growth --quick --json bench.json",
     )
     help_text = (
-        "measure this alone: a training step, a growth, or the updates of all optimizers (default: step, growth, demo)"
+        "measure this alone: a training step, a growth, the updates of all optimizers, or a synchronisation of sites "
+        "(default: step, growth, demo)"
     )
-    bench.add_argument("part", nargs="?", choices=("step", "growth", "optim"), help=help_text)
-    bench.add_argument("--rounds", type=positive, help="timed rounds (default: 9 of steps, 3 of growth, 5 of optim)")
+    bench.add_argument("part", nargs="?", choices=("step", "growth", "optim", "decentral"), help=help_text)
+    bench.add_argument("--rounds", type=positive, help="timed rounds (default: 9 of steps, 3 of growth, else 5)")
     bench.add_argument("--quick", action="store_true", help="a smaller model only, and no demo")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE, too")
 

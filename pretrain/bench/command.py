@@ -1,5 +1,5 @@
 """`pretrain bench`: measure every workload in every precision, then what a growth costs, then the demonstration; or
-what updates cost, which is not among these."""
+what updates or synchronisations cost, which are not among these."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from typing import Literal, get_args
 import torch
 import torch.distributed as dist
 
-from pretrain.bench import growth_report, optim_report, report, variants
+from pretrain.bench import decentral_report, growth_report, optim_report, report, variants
+from pretrain.bench.decentral import CONFIG_FILE as CONFIG_FILE_7B
+from pretrain.bench.decentral import SLOW_LINK, SyncResult, measure_decentral, training_shares
 from pretrain.bench.demo import CONFIG_FILE, DemoSpeed, demo_speed
 from pretrain.bench.growth import GrowthResult, growth_workload, measure_growth
 from pretrain.bench.measure import Result, Timings, take_turns
+from pretrain.bench.network import NetworkError
 from pretrain.bench.optim import OptimResult, measure_optim, optim_workload
 from pretrain.bench.optim_peers import LIBRARY, has_library
 from pretrain.bench.stand_ins import optimizer_on_cpu
@@ -34,10 +37,10 @@ from pretrain.parallel.mesh import Mesh, Meshes, destroy_mesh, mesh_of
 from pretrain.platform import distributed
 from pretrain.run import open_data
 
-Part = Literal["step", "growth", "optim"]
+Part = Literal["step", "growth", "optim", "decentral"]
 
 WARMUP = 3
-STEP_ROUNDS, GROWTH_ROUNDS, OPTIM_ROUNDS = 9, 3, 5
+STEP_ROUNDS, GROWTH_ROUNDS, OPTIM_ROUNDS, DECENTRAL_ROUNDS = 9, 3, 5, 5
 # Losses of the first step, from the same weights, may differ by rounding: in fp32 that of sums over a vocabulary; in
 # bf16 that of activations, 2^-9 each.
 LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
@@ -46,12 +49,13 @@ LARGEST_DIFFERENCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
 def bench(part: Part | None = None, *, rounds: int | None, quick: bool, json_file: Path | None = None) -> int:
     """Measure one part, or steps, growth and the demo; print the tables, write the JSON; returns the exit code.
 
-    rounds: of each part; None: STEP_ROUNDS, GROWTH_ROUNDS and OPTIM_ROUNDS.
+    rounds: of each part; None: STEP_ROUNDS, GROWTH_ROUNDS, OPTIM_ROUNDS and DECENTRAL_ROUNDS.
     """
     _check(part, json_file)
     results: list[Result] = []
     growths: list[GrowthResult] = []
     optimizers: list[OptimResult] = []
+    synced: list[SyncResult] = []
     with distributed.joined() as device:
         if device.type == "cpu":
             # Its CPU time is then the work done, whoever else is on the machine.
@@ -64,12 +68,15 @@ def bench(part: Part | None = None, *, rounds: int | None, quick: bool, json_fil
             growths = _bench_growth(device, rounds=rounds or GROWTH_ROUNDS, quick=quick)
         if part == "optim":
             optimizers = _bench_optim(device, rounds=rounds or OPTIM_ROUNDS, quick=quick)
+        if part == "decentral":
+            synced = _bench_decentral(rounds=rounds or DECENTRAL_ROUNDS, quick=quick)
         is_main = dist.get_rank() == 0
     demo = demo_speed() if part in (None, "step") and not quick and CONFIG_FILE.exists() else None
     if demo:
         print(f"\n{report.demo_line(demo)}")
     if json_file and is_main:
-        json_file.write_text(json.dumps(_as_json(machine, results, growths, optimizers, demo), indent=2) + "\n")
+        found = _as_json(machine, results, growths, optimizers, synced, demo)
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
     return 0
 
 
@@ -130,6 +137,23 @@ def _bench_optim(device: torch.device, *, rounds: int, quick: bool) -> list[Opti
     return results
 
 
+def _bench_decentral(*, rounds: int, quick: bool) -> list[SyncResult]:
+    """Synchronisation on loopback and on a slow link, and by calculation that of the 7B."""
+    results = measure_decentral(rounds=rounds, quick=quick)
+    _say(f"\n{decentral_report.tables(results)}")
+    try:
+        slow = measure_decentral(rounds=rounds, quick=quick, link=SLOW_LINK)
+    except NetworkError as error:
+        _say(f"\nno figures over {SLOW_LINK}: {error}")
+    else:
+        _say(f"\n{decentral_report.tables(slow)}")
+        results += slow
+    _say(f"\n{decentral_report.verdict(results)}")
+    if CONFIG_FILE_7B.exists():
+        _say(f"\n{decentral_report.share_table(training_shares(CONFIG_FILE_7B))}")
+    return results
+
+
 def measured(workload: Workload, precision: Precision, mesh: Mesh, *, rounds: int) -> Result:
     """Time all variants on a workload, after checking that they compute the same losses."""
     count = WARMUP + rounds
@@ -184,6 +208,7 @@ def _as_json(
     results: Sequence[Result],
     growths: Sequence[GrowthResult],
     optimizers: Sequence[OptimResult],
+    synced: Sequence[SyncResult],
     demo: DemoSpeed | None,
 ) -> dict[str, object]:
     """Everything measured, for programs: every loss and the seconds of every round."""
@@ -201,5 +226,6 @@ def _as_json(
         ],
         "growth": [asdict(growth) for growth in growths],
         "optim": [asdict(optimizer) for optimizer in optimizers],
+        "decentral": [result.as_json() for result in synced],
         "demo": asdict(demo) if demo else None,
     }
