@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -9,11 +10,23 @@ from pathlib import Path
 from pretrain.config.load import load_config
 from pretrain.config.schema import Config
 from pretrain.demo import prepare_corpus
-from pretrain.run_directory import locked
+from pretrain.run_directory import locked, write_atomically
 from pretrain.signals import DONE, REQUEUE, graceful_stop
-from pretrain.studies.decentral.arms import ARMS, INTERVALS, Arm, arm_config
-from pretrain.studies.decentral.results import Outcome, outcome
+from pretrain.studies.command import machine
+from pretrain.studies.decentral.arms import ARMS, CENTRAL, INTERVALS, LOST, Arm, arm_config
+from pretrain.studies.decentral.claims import judge
+from pretrain.studies.decentral.pictures import draw_absence, draw_costs, draw_curves, draw_gaps
+from pretrain.studies.decentral.report import (
+    ABSENCE_PICTURE,
+    COSTS_PICTURE,
+    CURVES_PICTURE,
+    GAPS_PICTURE,
+    markdown,
+    to_json,
+)
+from pretrain.studies.decentral.results import Outcome, Study, outcome
 from pretrain.studies.decentral.running import Cores, StoppedError, Task, Train, train_sites
+from pretrain.studies.evidence import summary_of
 from pretrain.tuning.ledger import Ledger, Row, open_ledger, trial_key
 from pretrain.tuning.trials import RUNS
 
@@ -53,6 +66,11 @@ def decentral_study(
             print(f"stopped: {len(ledger.rows)} runs done; to go on, give the command again")
             return REQUEUE
         print("3/3 report", flush=True)
+        words = ["pretrain", "study", "decentral", "--seeds", str(seeds), *(["--quick"] if quick else [])]
+        study = gather(base, tasks, command=words)
+        write(study, out)
+    paper, own = judge(study)
+    print(f"\n{summary_of([*paper, *own], len(study.seeds))}\nsee: {out / REPORT_FILE}")
     return DONE
 
 
@@ -111,3 +129,27 @@ def _row(task: Task, found: Outcome) -> Row:
         seconds=round(found.seconds, 3),
         tokens=config.total_steps * config.batch.tokens_per_step,
     )
+
+
+def gather(base: Config, tasks: Sequence[Task], *, command: Sequence[str]) -> Study:
+    """Read what the finished runs came to."""
+    outcomes: dict[str, list[Outcome]] = {}
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.arm.name, task)
+        outcomes.setdefault(task.arm.name, []).append(outcome(task))
+    return Study(base, first, outcomes, command, machine(first[CENTRAL].config))
+
+
+def write(study: Study, out: Path) -> None:
+    """README.md, results.json and the pictures."""
+    pictures = {
+        GAPS_PICTURE: draw_gaps(study),
+        CURVES_PICTURE: draw_curves(study),
+        COSTS_PICTURE: draw_costs(study),
+        **({ABSENCE_PICTURE: draw_absence(study)} if LOST in study.outcomes else {}),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(out / name, facecolor="white")
+    write_atomically(out / RESULTS_FILE, json.dumps(to_json(study), indent=1) + "\n")
+    write_atomically(out / REPORT_FILE, markdown(study))

@@ -20,6 +20,7 @@ from pretrain.metrics.history import History, read_histories
 from pretrain.model.logical import logical_tensors
 from pretrain.plan import make_plan
 from pretrain.run_directory import CHECKPOINTS
+from pretrain.studies.decentral.arms import CENTRAL, Arm
 from pretrain.studies.decentral.running import Task
 
 
@@ -70,8 +71,8 @@ class Outcome:
     """Cosine of the gate matrices of two experts of a layer, mean over pairs and layers."""
     entropy: float
     """Of the load of the experts over log E, mean over layers and the last rows of all sites."""
-    max_violation: float
-    """Load of the fullest expert over the mean, less 1, in the same way."""
+    fullest: float
+    """Load of the fullest expert over the mean, in the same way."""
     dead_experts: int
     """Without a token lately, over all layers; at the site that has the most."""
     seconds: float
@@ -131,7 +132,7 @@ def outcome(task: Task) -> Outcome:
         planned_bytes_per_round=_planned_bytes(task.config),
         similarity=similarity(task.config, _last_checkpoint(first)),
         entropy=_mean(row["entropy_mean"] for row in balance),
-        max_violation=_mean(row["max_violation_mean"] for row in balance),
+        fullest=1 + _mean(row["max_violation_mean"] for row in balance),
         dead_experts=max(history.train[-1]["moe"]["dead_experts_total"] for history in histories),
         seconds=goodput["wall_seconds"] if goodput else math.nan,
     )
@@ -193,3 +194,36 @@ def similarity(config: Config, checkpoint: Path) -> float:
             cosine = cosines(gate @ gate.T)
             found.append(cosine[~torch.eye(len(cosine), dtype=torch.bool)].mean().item())
     return _mean(iter(found))
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that the report tells of."""
+
+    base: Config
+    """The central run's configuration."""
+    tasks: Mapping[str, Task]
+    """Arm -> its run with the first seed."""
+    outcomes: Mapping[str, Sequence[Outcome]]
+    """Arm -> what its runs came to, by seed."""
+    command: Sequence[str]
+    """Words that repeat the study."""
+    machine: Mapping[str, str]
+    """What it ran on: name -> value."""
+
+    @property
+    def seeds(self) -> list[int]:
+        return [one.seed for one in self.outcomes[CENTRAL]]
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [task.arm for task in self.tasks.values()]
+
+    def by_seed(self, arm: str, figure: str = "loss") -> dict[int, float]:
+        """A figure of an arm's runs; nothing for an arm that was not trained."""
+        return {one.seed: getattr(one, figure) for one in self.outcomes.get(arm, ())}
+
+    def gaps(self, arm: str) -> dict[int, float]:
+        """Final loss less that of the central run of the same seed."""
+        central = self.by_seed(CENTRAL)
+        return {seed: loss - central[seed] for seed, loss in self.by_seed(arm).items()}
