@@ -30,7 +30,7 @@ too: a fifth, of fifty times as many rounds."""
 
 LOST_SHARE, AWAY_SHARE = 0.25, 0.25
 """Of the rounds: how many the site that is lost takes part in before it is killed, and how many pass without it
-before it is started again. While it starts it misses more."""
+before it is started again."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def train_all(
 ) -> None:
     """Train every run that is not in the ledger, as many at once as have a core for each process. Raises UserError, or
     StoppedError when asked to stop; what waits is then not started, and what runs is ended."""
-    waiting = [task for task in tasks if task.key not in ledger.rows]
+    # The largest last: they wait for all cores that they want.
+    waiting = sorted((task for task in tasks if task.key not in ledger.rows), key=lambda task: task.arm.sites)
     cores, failed = Cores(jobs), False
 
     def run(task: Task) -> Outcome:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -183,20 +184,35 @@ class _Processes:
         self.sites[site] = self.start("train", _log(site), site=site)
 
     def lose_a_site(self) -> None:
-        """Kill a site after a share of the rounds, and let it go on from its checkpoint after some more."""
+        """Kill a site after a share of the rounds, and let it go on from its checkpoint after some more.
+
+        The others are paused until it has read its checkpoint: that takes longer than all that they have left to do.
+        """
         site, rounds = self.task.lost_site, self.task.config.total_steps // self.task.arm.interval
         killed_after = max(1, round(LOST_SHARE * rounds))
-        self.wait(lambda: self._rounds() >= killed_after)
+        self.wait(lambda: self._count(0, "sync") >= killed_after)
         lost = self.sites.pop(site)
         lost.kill()
         lost.join()
-        self.wait(lambda: self._rounds() >= killed_after + max(1, round(AWAY_SHARE * rounds)))
-        self.start_site(site)
+        self.wait(lambda: self._count(0, "sync") >= killed_after + max(1, round(AWAY_SHARE * rounds)))
+        with self._paused(*self.sites.values()):
+            self.start_site(site)
+            self.wait(lambda: self._count(site, "restart") > 0)
 
-    def _rounds(self) -> int:
-        """Rounds that the first site has been through."""
-        path = self.task.site_directories[0] / EVENTS_FILE
-        return sum(row["event"] == "sync" for row in read_jsonl(path)) if path.exists() else 0
+    @contextmanager
+    def _paused(self, *processes: BaseProcess) -> Iterator[None]:
+        try:
+            for process in processes:
+                _signal(process, signal.SIGSTOP)
+            yield
+        finally:
+            for process in processes:
+                _signal(process, signal.SIGCONT)
+
+    def _count(self, site: int, event: str) -> int:
+        """Events of this name that a site has written."""
+        path = self.task.site_directories[site] / EVENTS_FILE
+        return sum(row["event"] == event for row in read_jsonl(path)) if path.exists() else 0
 
     def wait(self, is_over: Callable[[], bool]) -> None:
         """Wait for something, as long as all goes well. Raises UserError or StoppedError."""
@@ -218,6 +234,12 @@ class _Processes:
                     "its processes printed, and give the command again to go on"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _signal(process: BaseProcess, number: int) -> None:
+    """Send a signal to a process of ours, unless it has ended."""
+    if process.exitcode is None and process.pid:
+        os.kill(process.pid, number)
 
 
 def _log(site: int) -> str:
