@@ -88,6 +88,8 @@ def claims_table(judged: Sequence[Judged[StudyT]]) -> str:
 
 def interval(found: Spread) -> str:
     """Mean, and the 95 % confidence interval."""
+    if not found.seeds:
+        return "-"
     if found.seeds < 2:
         return f"{found.mean:+.4f} ({found.seeds} seeds)"
     low, high = found.interval

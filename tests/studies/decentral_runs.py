@@ -14,6 +14,8 @@ LEVELS = {
     "central": 4.0,
     "diloco-10": 4.02,
     "diloco-50": 4.05,
+    "average-10": 4.04,
+    "average-50": 4.07,
     "spes-10": 4.03,
     "spes-50": 4.06,
     "merge-10": 4.005,
@@ -21,7 +23,7 @@ LEVELS = {
     "four": 4.08,
     "four-lost": 4.09,
 }
-"""Final loss of each arm: central training is best, merging helps, fewer rounds and more sites cost."""
+"""Final loss of each arm: central training is best, merging and outer momentum help, fewer rounds and more sites cost."""
 STEPS = 200
 
 Change = Callable[[Arm, int], float]

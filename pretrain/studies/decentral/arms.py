@@ -18,7 +18,7 @@ from pretrain.errors import ConfigError
 CENTRAL: Final = "central"
 INTERVALS = (10, 50)
 """Steps between rounds; SPES uses 50 to 100 of its hundred thousand steps (arXiv 2602.11543)."""
-METHODS = ("diloco", "spes", "merge")
+METHODS = ("diloco", "average", "spes", "merge")
 SITES, MANY_SITES = 2, 4
 FOUR, LOST = "four", "four-lost"
 
@@ -56,8 +56,11 @@ class Arm:
 
 
 def _of_two(method: str, interval: int) -> Arm:
-    words = {"diloco": "DiLoCo", "spes": "SPES", "merge": "SPES with merging"}
-    keys: dict[str, Any] = {"kind": "diloco" if method == "diloco" else "spes", "sites": SITES, "transport": "fixed"}
+    words = {"diloco": "DiLoCo", "average": "full replicas, mean", "spes": "SPES", "merge": "SPES with merging"}
+    kind = "diloco" if method in ("diloco", "average") else "spes"
+    keys: dict[str, Any] = {"kind": kind, "sites": SITES, "transport": "fixed"}
+    if method == "average":
+        keys["outer"] = "average"
     if method == "merge":
         # until_step is a share of the steps, which the configuration knows.
         keys["merge"] = {"coefficient": MERGE_COEFFICIENT, "every_steps": interval}

@@ -14,7 +14,7 @@ from pretrain.studies.decentral.results import Outcome, Study
 from pretrain.studies.statistics import spread
 
 MIB = 1 << 20
-_METHODS = ("central", "diloco", "spes", "merge", "four", "four-lost")
+_METHODS = ("central", "diloco", "spes", "merge", "average", "four", "four-lost")
 
 
 def _colour(arm: Arm) -> str:
