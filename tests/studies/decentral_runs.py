@@ -23,7 +23,8 @@ LEVELS = {
     "four": 4.08,
     "four-lost": 4.09,
 }
-"""Final loss of each arm: central training is best, merging and outer momentum help, fewer rounds and more sites cost."""
+"""Final loss of each arm: central training is best, merging and outer momentum help, fewer rounds and more sites
+cost."""
 STEPS = 200
 
 Change = Callable[[Arm, int], float]

@@ -21,11 +21,14 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Condition, Lock
+from typing import Any
 
 import torch
 
+from pretrain.config.decentral import DecentralConfig
 from pretrain.config.load import dump_config
 from pretrain.config.schema import Config
+from pretrain.decentral.coordinator import coordinate
 from pretrain.errors import UserError
 from pretrain.metrics.jsonl import read_jsonl
 from pretrain.metrics.recorder import EVENTS_FILE
@@ -39,7 +42,7 @@ RUN_SECONDS = 1800.0
 END_SECONDS = 10.0
 """What was asked to end is killed after so long."""
 
-PRELOADED = ["pretrain.train", "pretrain.decentral.coordinator"]
+PRELOADED = ["pretrain.train", "pretrain.studies.decentral.running"]
 """Importing these takes longer than training has left when a lost site comes back: it is done once, and all processes
 are forks of the one that has done it."""
 
@@ -129,7 +132,7 @@ def train_sites(task: Task, is_stopped: Callable[[], bool]) -> None:
         run = _Processes(task, is_stopped, stack)
         decentral = task.config.decentral
         if decentral and decentral.transport == "torchft":
-            run.start("coordinator", "coordinator.txt")
+            run.start_coordinator(decentral)
         for site in range(task.arm.sites):
             run.start_site(site)
         if task.arm.loses_a_site:
@@ -166,22 +169,26 @@ class _Processes:
     stack: ExitStack
     """Ends them when it is closed."""
     sites: dict[int, BaseProcess] = field(default_factory=dict)
-    port: int = field(default_factory=free_ports)
+    address: str = field(default_factory=lambda: f"127.0.0.1:{free_ports()}")
     deadline: float = field(default_factory=lambda: time.monotonic() + RUN_SECONDS)
-
-    def start(self, command: str, log: str, *, site: int | None = None) -> BaseProcess:
-        """Start a command on the run's configuration; what it prints goes to a file of the run."""
-        words = [command, str(self.task.directory / CONFIG_FILE)]
-        if self.task.config.decentral:
-            words += [f"--set=decentral.coordinator=127.0.0.1:{self.port}", f"--set=decentral.site={site or 0}"]
-        process = _forks().Process(target=_pretrain, args=(words, self.task.directory / log))
-        process.start()
-        self.stack.callback(_end, process)
-        return process
 
     def start_site(self, site: int) -> None:
         """Start the process of a site, instead of the one before."""
-        self.sites[site] = self.start("train", _log(site), site=site)
+        words = ["train", str(self.task.directory / CONFIG_FILE)]
+        if self.task.config.decentral:
+            words += [f"--set=decentral.coordinator={self.address}", f"--set=decentral.site={site}"]
+        self.sites[site] = self._start(_pretrain, words, _log(site))
+
+    def start_coordinator(self, decentral: DecentralConfig) -> None:
+        """Start what the sites meet through."""
+        self._start(_coordinate, decentral.model_copy(update={"coordinator": self.address}), "coordinator.txt")
+
+    def _start(self, run: Callable[[Any, Path], None], what: Any, log: str) -> BaseProcess:
+        """Run something in a process of its own; what it prints goes to a file of the run."""
+        process = _forks().Process(target=run, args=(what, self.task.directory / log))
+        process.start()
+        self.stack.callback(_end, process)
+        return process
 
     def lose_a_site(self) -> None:
         """Kill a site after a share of the rounds, and let it go on from its checkpoint after some more.
@@ -253,14 +260,24 @@ def _forks() -> ForkServerContext:
 
 
 def _pretrain(words: Sequence[str], log: Path) -> None:
-    """The command with these words, as a process of its own: on one thread of the CPU, its output in a file."""
+    """The command with these words, as a process of its own."""
+    _settle(log)
+    sys.argv = ["pretrain", *words]
+    runpy.run_module("pretrain", run_name="__main__", alter_sys=True)
+
+
+def _coordinate(decentral: DecentralConfig, log: Path) -> None:
+    _settle(log)
+    sys.exit(coordinate(decentral))
+
+
+def _settle(log: Path) -> None:
+    """Keep this process to one thread of the CPU, and write what it prints to a file."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     with log.open("ab", buffering=0) as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    sys.argv = ["pretrain", *words]
-    runpy.run_module("pretrain", run_name="__main__", alter_sys=True)
 
 
 def _end(process: BaseProcess) -> None:
