@@ -23,7 +23,7 @@ from pretrain.studies.decentral.report import markdown, to_json
 from pretrain.studies.decentral.results import Outcome, Study
 from pretrain.studies.decentral.running import Cores, Task, free_ports, train_sites
 from pretrain.tuning.ledger import LEDGER_FILE
-from tests.helpers.runs import make_corpus
+from tests.helpers.runs import VOCAB_SIZE, make_corpus
 from tests.studies.decentral_runs import Change, made_up, made_up_study
 
 CONFIG = Path(__file__).parents[2] / "configs" / "studies" / "decentral.toml"
@@ -35,7 +35,11 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decentral")
     corpus = make_corpus(folder)
     for path in (CONFIG, CONFIG.parent / "optimizers-run.toml"):
-        (folder / path.name).write_text(path.read_text().replace("runs/demo-data", str(corpus)))
+        # There is too little text for validation: any will do.
+        text = (
+            path.read_text().replace("runs/demo-data/valid", f"{corpus}/train").replace("runs/demo-data", str(corpus))
+        )
+        (folder / path.name).write_text(text.replace("vocab_size = 1024", f"vocab_size = {VOCAB_SIZE}"))
     return folder / CONFIG.name
 
 
