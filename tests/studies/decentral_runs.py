@@ -67,7 +67,8 @@ def _round(arm: Arm, step: int, away: Sequence[int], sent: int) -> Round:
     members = tuple(site for site in range(arm.sites) if step not in away or site != arm.sites - 1)
     losses = {site: 5.0 + 0.01 * site - step / STEPS for site in members}
     merged = arm.name.startswith("merge") and step <= STEPS // 2
-    return Round(step, members, losses, sent * (1 + merged), 0.1, 0.2, merged)
+    heals = bool(away) and step == away[-1] + arm.interval
+    return Round(step, members, losses, sent * (1 + merged + heals), 0.1, 0.2, merged, heals)
 
 
 def made_up_study(base: Config, out: Path, seeds: Sequence[int] = (1, 2, 3), change: Change = nothing) -> Study:

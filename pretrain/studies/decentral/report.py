@@ -116,7 +116,8 @@ def _losses_table(study: Study) -> str:
 
 
 COSTS = """\
-Bytes are payload, in KiB: measured at site 0, and by `pretrain plan`. State: weights and optimizer state that a site
+Bytes are payload, in KiB: measured at site 0, and by `pretrain plan`; of a round of all sites without a merge, to which
+no site comes back. State: weights and optimizer state that a site
 keeps, in its last checkpoint and by the plan; memory: that and the gradients of what it trains, by the plan. The
 central run exchanges gradients at every step if it is spread over machines; here it is one process, and sends none."""
 

@@ -39,6 +39,8 @@ class Round:
     seconds: float
     """From then on."""
     merged: bool
+    heals: bool = False
+    """Whether a member that had been away took over what it had missed: others send more then."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,11 @@ class Outcome:
 
     @property
     def bytes_per_round(self) -> float:
-        """Sent by one site in a round of all sites, those with a merge left out; NaN where there are none."""
+        """Sent by one site in a round of all sites without a merge, and to which none comes back; NaN where there are
+        none."""
         most = max((len(one.members) for one in self.rounds), default=0)
-        found = [one.sent_bytes for one in self.rounds if len(one.members) == most and not one.merged]
+        plain = [one for one in self.rounds if not one.merged and not one.heals]
+        found = [one.sent_bytes for one in plain if len(one.members) == most]
         return sum(found) / len(found) if found else math.nan
 
     @property
@@ -147,6 +151,7 @@ def _round(event: Mapping[str, Any]) -> Round:
         wait_seconds=event["wait_seconds"],
         seconds=event["seconds"],
         merged=event.get("merged", False),
+        heals=bool(event.get("stale")),
     )
 
 
