@@ -173,6 +173,12 @@ def _study_optimizers(options: argparse.Namespace) -> int:
     return optimizer_study(seeds=options.seeds, out=options.out, jobs=options.jobs, quick=options.quick)
 
 
+def _study_decentral(options: argparse.Namespace) -> int:
+    from pretrain.studies.decentral.command import decentral_study  # noqa: PLC0415
+
+    return decentral_study(seeds=options.seeds, out=options.out, jobs=options.jobs, quick=options.quick)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrain",
@@ -317,8 +323,17 @@ def _add_study_commands(commands: argparse._SubParsersAction) -> None:
         "Tune optimizers and compare them over data, size and seeds. What is trained is not trained again.",
         "pretrain study optimizers --seeds 3 --jobs 2",
     )
-    for sub, out in ((growth, "runs/study-growth"), (optimizers, "runs/study-optimizers")):
-        sub.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
-        sub.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="default: %(default)s")
-        sub.add_argument("--jobs", type=positive, default=2, help="runs at once, a core each (default: %(default)s)")
+    decentral = command(
+        study,
+        "decentral",
+        _study_decentral,
+        "Train a model centrally and on several sites, and compare them. What is trained is not trained again.",
+        "pretrain study decentral --seeds 2 --jobs 2",
+    )
+    for sub, out, seeds in ((growth, "growth", 3), (optimizers, "optimizers", 3), (decentral, "decentral", 2)):
+        sub.add_argument("--seeds", type=positive, default=seeds, help="runs of each kind (default: %(default)s)")
+        where = Path(f"runs/study-{out}")
+        sub.add_argument("--out", type=Path, default=where, metavar="DIR", help="default: %(default)s")
+        help_text = "processes at once, a core each (default: %(default)s)"
+        sub.add_argument("--jobs", type=positive, default=2, help=help_text)
         sub.add_argument("--quick", action="store_true", help="few steps: shows that all works, compares nothing")

@@ -49,7 +49,8 @@ def test_says_what_it_is_and_how_to_run_it(path):
 def test_the_folder_is_complete():
     wanted = {"debug-1gpu.toml", "moe-8gpu.toml", "moe-multinode.toml"}
     wanted |= {f"decentral/{name}.toml" for name in (*DEMO_SITES, *SPES)}
-    wanted |= {f"{name}.toml" for name in GROWTH} | {"studies/growth.toml", "sweeps/dense-run.toml"}
+    wanted |= {f"{name}.toml" for name in GROWTH} | {"sweeps/dense-run.toml"}
+    wanted |= {f"studies/{name}.toml" for name in ("growth", "decentral")}
     wanted |= {f"studies/optimizers-{name}.toml" for name in ("run", "moe")}
     shapes = [*SPARKLING, *ORTHOGONAL, *SPES, *QWEN, *DENSE, *GROWN]
     assert set(names(FILES)) == wanted | {f"models/{name}.toml" for name in shapes}

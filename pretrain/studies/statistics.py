@@ -47,6 +47,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), deviation, len(values))
 
 
+def finite_spread(by_seed: Mapping[int, float]) -> Spread:
+    """Mean and deviation over the seeds that have a finite value; NaN when none has."""
+    values = [value for value in by_seed.values() if math.isfinite(value)]
+    return spread(values) if values else Spread(math.nan, math.nan, 0)
+
+
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Spread:
     """Second minus first, by seed, over the seeds that both have."""
     return spread([second[seed] - first[seed] for seed in sorted(first.keys() & second.keys())])

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from pretrain.studies.statistics import Spread, spread
+from pretrain.studies.statistics import finite_spread
 from pretrain.tuning.descent import Descent, Settings
 from pretrain.tuning.sweep_file import Sweep
 
@@ -98,12 +98,6 @@ class Study:
 def mean_loss(by_seed: Mapping[int, float]) -> float:
     """Mean over seeds; inf when one of them failed."""
     return math.fsum(by_seed.values()) / len(by_seed)
-
-
-def finite_spread(by_seed: Mapping[int, float]) -> Spread:
-    """Mean and deviation over the seeds that have a finite value; NaN when none has."""
-    values = [value for value in by_seed.values() if math.isfinite(value)]
-    return spread(values) if values else Spread(math.nan, math.nan, 0)
 
 
 def noise_of(losses: Losses) -> float:

@@ -1,16 +1,12 @@
-"""What is claimed of optimizers, most of it in arXiv 2509.02046, and whether the numbers here agree.
-
-Evidence on a claim is one number a seed, positive where that seed speaks for it; the verdict follows from its 95 %
-interval.
-"""
+"""What is claimed of optimizers, most of it in arXiv 2509.02046, and whether the numbers here agree."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from pretrain.errors import UserError
+from pretrain.studies.evidence import Claim, Evidence, Judged, judge_claims
 from pretrain.studies.optimizers.cases import (
     FIRST,
     HALF,
@@ -27,10 +23,9 @@ from pretrain.studies.optimizers.cases import (
     UNDERTUNED,
     Case,
     Study,
-    finite_spread,
     mean_loss,
 )
-from pretrain.studies.statistics import Spread, Verdict, judge_equal, judge_lower
+from pretrain.studies.statistics import finite_spread
 from pretrain.tuning.speedup import Result, SizeSpeedUps, speed_ups
 
 MIDWAY = 0.75
@@ -39,51 +34,10 @@ MIDWAY = 0.75
 EQUAL_SHARE = 0.1
 """Two ways to update routers count as equal when they differ by less than this share of what Muon gains over AdamW."""
 
-Evidence = Mapping[int, float]
-"""Seed -> how much it speaks for a claim."""
 
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement, and what speaks for it."""
-
-    text: str
-    measure: str
-    """What the numbers are."""
-    evidence: Callable[[Study], list[Evidence]]
-    """All of them must speak for it."""
-    margin: Callable[[Study], float] | None = None
-    """Of claims that a number is zero: how far from it counts as equal."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A claim with what the numbers say."""
-
-    claim: Claim
-    found: list[Spread]
-    verdict: Verdict
-    margin: float | None = None
-
-
-def judge(study: Study) -> list[Judged]:
+def judge(study: Study) -> list[Judged[Study]]:
     """The verdict on every claim."""
-    return [_judge(claim, study) for claim in CLAIMS]
-
-
-def _judge(claim: Claim, study: Study) -> Judged:
-    found = [finite_spread(evidence) for evidence in claim.evidence(study)]
-    if claim.margin is not None:
-        margin = claim.margin(study)
-        return Judged(claim, found, _all([judge_equal(one, margin) for one in found]), margin)
-    return Judged(claim, found, _all([judge_lower(one) for one in found]))
-
-
-def _all(verdicts: list[Verdict]) -> Verdict:
-    """Whether all of several parts hold: no, as soon as one does not."""
-    if "not reproduced" in verdicts:
-        return "not reproduced"
-    return "not resolved" if "not resolved" in verdicts else "reproduced"
+    return judge_claims(CLAIMS, study)
 
 
 def less(study: Study, first: Case, second: Case) -> Evidence:
@@ -177,7 +131,7 @@ def _router_margin(study: Study) -> float:
     return EQUAL_SHARE * abs(finite_spread(less(study, Case("muon", MOE), Case("adamw", MOE))).mean)
 
 
-CLAIMS = (
+CLAIMS: tuple[Claim[Study], ...] = (
     Claim(
         "every matrix rule beats every scalar rule",
         "best of AdamW, NAdamW and Lion less worse of Muon and SOAP",

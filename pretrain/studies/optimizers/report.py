@@ -9,6 +9,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.metrics.formats import duration
+from pretrain.studies.evidence import claims_json, claims_table, interval, json_number, plus_minus, summary_of
 from pretrain.studies.optimizers.cases import (
     FIRST,
     FULL,
@@ -22,14 +23,13 @@ from pretrain.studies.optimizers.cases import (
     UNDERTUNED,
     Case,
     Study,
-    finite_spread,
     noise_of,
 )
-from pretrain.studies.optimizers.claims import EQUAL_SHARE, Judged, judge, lower_rate, mean_speed_ups
+from pretrain.studies.optimizers.claims import EQUAL_SHARE, judge, lower_rate, mean_speed_ups
 from pretrain.studies.optimizers.pictures import compared
 from pretrain.studies.optimizers.protocol import TUNING_SEED
 from pretrain.studies.optimizers.sensitive import OneOff, one_offs, sensitive_rates
-from pretrain.studies.statistics import Spread
+from pretrain.studies.statistics import finite_spread
 from pretrain.tuning.markdown import table
 from pretrain.tuning.sensitivity import Value
 from pretrain.tuning.speedup import SizeSpeedUps
@@ -63,7 +63,7 @@ def markdown(study: Study) -> str:
                 _setting(study),
                 "## What holds here",
                 summary(study),
-                _claims_table(judge(study)),
+                claims_table(judge(study)),
                 HOW_TO_READ,
                 LIMITS,
                 "## Final losses",
@@ -109,37 +109,7 @@ def _setting(study: Study) -> str:
 
 def summary(study: Study) -> str:
     """What holds here, in a few lines."""
-    judged, lines = judge(study), []
-    for verdict in ("reproduced", "not reproduced", "not resolved"):
-        texts = [one.claim.text for one in judged if one.verdict == verdict]
-        lines.append(f"- **{verdict.capitalize()}** ({len(texts)} of {len(judged)}): {'; '.join(texts) or 'none'}.")
-    if len(study.seeds) < 2:
-        lines.append("- One seed has no spread: nothing can be resolved.")
-    return "\n".join(lines)
-
-
-def _claims_table(judged: Sequence[Judged]) -> str:
-    rows = []
-    for one in judged:
-        limit = f", margin {one.margin:.4f}" if one.margin is not None else ""
-        rows.append(
-            [one.claim.text, one.claim.measure, "; ".join(map(_interval, one.found)) + limit, f"**{one.verdict}**"]
-        )
-    return table(["claim", "measure", "here", "verdict"], rows)
-
-
-def _interval(found: Spread) -> str:
-    if found.seeds < 2:
-        return f"{found.mean:+.4f} ({found.seeds} seeds)"
-    low, high = found.interval
-    return f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
-
-
-def plus_minus(found: Spread) -> str:
-    """Mean and standard deviation of one seed."""
-    if not found.seeds:
-        return "failed"
-    return f"{found.mean:.4f}" + (f" +- {found.deviation:.4f}" if found.seeds > 1 else "")
+    return summary_of(judge(study), len(study.seeds))
 
 
 def _loss(study: Study, case: Case) -> str:
@@ -262,7 +232,7 @@ def _rates_text(study: Study) -> str:
     rows = []
     for cell in study.sweep.cells[1:]:
         found = [finite_spread(lower_rate(study, cell.name, name)) for name in SCALED]
-        rows.append([cell.name, *map(_interval, found)])
+        rows.append([cell.name, *map(interval, found)])
     return (
         f"Beyond {FIRST}, each of these was trained with its best rate there and with half of it. What halving gains "
         f"in a cell, less what it gains at {FIRST}:\n\n" + table(["cell", *SCALED], rows)
@@ -314,16 +284,16 @@ def to_json(study: Study) -> dict[str, Any]:
             {
                 **case._asdict(),
                 "settings": dict(study.settings[case]),
-                "losses": {str(seed): _number(loss) for seed, loss in by_seed.items()},
+                "losses": {str(seed): json_number(loss) for seed, loss in by_seed.items()},
             }
             for case, by_seed in study.losses.items()
         ],
         "searches": {
-            name: [{"settings": dict(one), "loss": _number(loss)} for one, loss in descent.losses.items()]
+            name: [{"settings": dict(one), "loss": json_number(loss)} for one, loss in descent.losses.items()]
             for name, descent in study.descents.items()
         },
         "moe_rates": {
-            one.optimizer: {f"{rate:g}": _number(loss) for rate, loss in one.rates.items()} for one in study.moe
+            one.optimizer: {f"{rate:g}": json_number(loss) for rate, loss in one.rates.items()} for one in study.moe
         },
         "on_the_way": [
             {
@@ -333,22 +303,5 @@ def to_json(study: Study) -> dict[str, Any]:
             for case, by_seed in study.curves.items()
             if case.cell == LONGEST
         ],
-        "claims": [_claim_json(one) for one in judge(study)],
+        "claims": claims_json(judge(study)),
     }
-
-
-def _claim_json(one: Judged) -> dict[str, Any]:
-    return {
-        "text": one.claim.text,
-        "measure": one.claim.measure,
-        "found": [
-            {"mean": _number(found.mean), "interval": [*map(_number, found.interval)], "seeds": found.seeds}
-            for found in one.found
-        ],
-        "margin": one.margin,
-        "verdict": one.verdict,
-    }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
