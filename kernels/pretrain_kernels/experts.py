@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from pretrain_kernels import triton_support
-from pretrain_kernels.grouped import GROUPED_MM, LOOP, grouped_experts
+from pretrain_kernels.grouped import GROUPED_MM, LOOP, Parts, grouped_experts
 from pretrain_kernels.permute import permute, sort_by_expert, unpermute
 
 Backend = Literal["triton", "grouped_mm", "loop"]
@@ -56,6 +56,7 @@ def swiglu_experts(
     trainable: torch.Tensor | None = None,
     backend: Literal["auto"] | Backend = "auto",
     accumulate_main_grad: bool = False,
+    parts: tuple[Parts, Parts] | None = None,
 ) -> torch.Tensor:
     """`fc2 @ (silu(gate) * up * score)` of every routed row by its expert, with [gate, up] = fc1 @ row.
 
@@ -75,6 +76,9 @@ def swiglu_experts(
             must not add `.grad` again, so `grad_added_to_main_grad` is set to True where the weight has that attribute,
             and `.grad` gets a tensor of undefined content, which the hook needs with overlapped reduction and drops.
             Weights without that attribute get None. The weights have to be leaves: parameters, not views of them.
+        parts: with accumulate_main_grad, the parameters to whose `main_grad` gradients are added, where those of fc1
+            and of fc2 are views of them: all experts that train, and no others. fc1 and fc2 get no gradient then, and
+            who made them of the parameters tells DDP (`grouped.taken_over`).
 
     Returns:
         [R, D] with `Grouped`; with `Tokens` [T, D], each token's sum over its K rows, in fp32 and in their order.
@@ -83,6 +87,7 @@ def swiglu_experts(
         BackendError: the backend asked for does not fit.
         ValueError: tensors that do not fit together.
     """
+    assert accumulate_main_grad or parts is None, "parts are what main_grad is of"
     _check_tensors(x, fc1, fc2, routing)
     kind = (x.device, x.dtype, *fc2.shape[1:])
     if backend == "auto":
@@ -94,13 +99,14 @@ def swiglu_experts(
         from pretrain_kernels.triton_experts import swiglu_experts_triton  # noqa: PLC0415
 
         return swiglu_experts_triton(
-            x, fc1, fc2, **vars(routing), trainable=trainable, accumulate_main_grad=accumulate_main_grad
+            x, fc1, fc2, **vars(routing), trainable=trainable, accumulate_main_grad=accumulate_main_grad, parts=parts
         )
     experts = partial(
         grouped_experts,
         trainable=trainable,
         products=GROUPED_MM if backend == "grouped_mm" else LOOP,
         accumulate_main_grad=accumulate_main_grad,
+        parts=parts or (None, None),
     )
     if isinstance(routing, Grouped):
         return experts(x, fc1, fc2, routing.rows_per_expert, routing.scores)

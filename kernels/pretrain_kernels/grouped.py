@@ -7,11 +7,15 @@ that do not train cost no weight gradient. Letters: E experts, R rows, D model w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+Parts = Sequence[tuple[int, torch.Tensor]]
+"""Parameters that are views of consecutive experts of a weight: (the number of its first expert, the parameter)."""
 
 
 class Products(ABC):
@@ -94,9 +98,10 @@ def grouped_experts(
     trainable: torch.Tensor | None,
     products: Products,
     accumulate_main_grad: bool,
+    parts: tuple[Parts | None, Parts | None],
 ) -> torch.Tensor:
     """See `pretrain_kernels.swiglu_experts` with `Grouped`."""
-    return _Experts.apply(x, fc1, fc2, scores, rows_per_expert, trainable, products, accumulate_main_grad)
+    return _Experts.apply(x, fc1, fc2, scores, rows_per_expert, trainable, products, accumulate_main_grad, parts)
 
 
 class _Experts(torch.autograd.Function):
@@ -111,11 +116,12 @@ class _Experts(torch.autograd.Function):
         trainable: torch.Tensor | None,
         products: Products,
         accumulate_main_grad: bool,
+        parts: tuple[Parts | None, Parts | None],
     ) -> torch.Tensor:
         x = x.contiguous()
         h = products.rows(x, fc1.transpose(1, 2), rows_per_expert)
         ctx.save_for_backward(x, h, fc1, fc2, scores, rows_per_expert, trainable)
-        ctx.products, ctx.accumulate_main_grad = products, accumulate_main_grad
+        ctx.products, ctx.accumulate_main_grad, ctx.parts = products, accumulate_main_grad, parts
         return products.rows(_swiglu(h, scores), fc2.transpose(1, 2), rows_per_expert)
 
     @staticmethod
@@ -132,12 +138,12 @@ class _Experts(torch.autograd.Function):
                 dx = products.rows(dh, fc1, rows_per_expert)
             if wants_fc1:
                 dfc1 = products.weight_gradient(dh, x, rows_per_expert, trainable)
-                dfc1 = hand_over(fc1, dfc1, accumulate_main_grad=ctx.accumulate_main_grad)
+                dfc1 = hand_over(fc1, dfc1, accumulate_main_grad=ctx.accumulate_main_grad, parts=ctx.parts[0])
         if wants_fc2:
             active = _swiglu(h, scores) if active is None else active
             dfc2 = products.weight_gradient(dy, active, rows_per_expert, trainable)
-            dfc2 = hand_over(fc2, dfc2, accumulate_main_grad=ctx.accumulate_main_grad)
-        return dx, dfc1, dfc2, dscores, None, None, None, None
+            dfc2 = hand_over(fc2, dfc2, accumulate_main_grad=ctx.accumulate_main_grad, parts=ctx.parts[1])
+        return dx, dfc1, dfc2, dscores, None, None, None, None, None
 
 
 def _swiglu(h: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -178,14 +184,18 @@ def _widened(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return rows.to(torch.promote_types(torch.promote_types(rows.dtype, scores.dtype), torch.float32))
 
 
-def hand_over(weight: torch.Tensor, gradient: torch.Tensor, *, accumulate_main_grad: bool) -> torch.Tensor | None:
-    """What backward returns for `weight`: the gradient, or a stand-in once it is in `weight.main_grad`.
+def hand_over(
+    weight: torch.Tensor, gradient: torch.Tensor, *, accumulate_main_grad: bool, parts: Parts | None
+) -> torch.Tensor | None:
+    """What backward returns for `weight`: the gradient, or a stand-in once it is in the `main_grad` of its parts (None:
+    of `weight`).
 
     See `accumulate_main_grad` of `pretrain_kernels.swiglu_experts`.
     """
     if not accumulate_main_grad:
         return gradient
-    weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
+    for first, part in parts or [(0, weight)]:
+        part.main_grad.add_(gradient[first : first + len(part)])  # type: ignore[attr-defined]
     return taken_over(weight)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from pretrain_kernels.grouped import taken_over
+
 
 class StackedWeight(torch.nn.Module):
     """The same projection of every local expert, [E, out, in].
@@ -42,13 +44,20 @@ class StackedWeight(torch.nn.Module):
         """(its first local expert, the parameter), in the order of the experts."""
         return zip(self._starts, self.parameters(), strict=True)
 
+    def trained(self) -> list[tuple[int, torch.nn.Parameter]]:
+        """The `parts` that train."""
+        return [(start, weight) for start, weight in self.parts() if weight.requires_grad]
+
     def stack(self) -> torch.Tensor:
-        """All experts [E, out, in] for a kernel. Its gradient reaches the experts that train; the others' is not read,
-        but has to be there."""
+        """All experts [E, out, in] for a kernel.
+
+        Its gradient, which has to have room for all of them, reaches the experts that train. A kernel that has added to
+        the `main_grad` of `trained` gives none.
+        """
         if self._storage is None:
             return next(self.parameters())
-        trained = [(start, weight) for start, weight in self.parts() if weight.requires_grad]
-        return _Stack.apply(self._storage, [start for start, _ in trained], *(weight for _, weight in trained))  # type: ignore[no-untyped-call, no-any-return]
+        starts, weights = [start for start, _ in self.trained()], [weight for _, weight in self.trained()]
+        return _Stack.apply(self._storage, starts, *weights)  # type: ignore[no-untyped-call, no-any-return]
 
     def check_views(self) -> None:
         """Raise AssertionError if something gave a parameter memory of its own, which the kernels would not see."""
@@ -67,10 +76,14 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, storage: torch.Tensor, starts: Sequence[int], *weights: torch.Tensor) -> torch.Tensor:
-        ctx.places = [slice(start, start + len(weight)) for start, weight in zip(starts, weights, strict=True)]
+        ctx.set_materialize_grads(False)
+        ctx.parts = list(zip(starts, weights, strict=True))
         return storage
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, None, *(grads[0][place] for place in ctx.places))
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = grads
+        if gradient is None:
+            return (None, None, *(taken_over(weight) for _, weight in ctx.parts))
+        return (None, None, *(gradient[start : start + len(weight)] for start, weight in ctx.parts))

@@ -8,13 +8,14 @@ bits. No atomics and no wait for the device: results repeat bit by bit, and both
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pretrain_kernels.grouped import taken_over
+from pretrain_kernels.grouped import Parts, taken_over
 from pretrain_kernels.triton_experts import steps
 from pretrain_kernels.triton_experts.routing import Route, route_grouped, route_tokens
 from pretrain_kernels.triton_experts.tiles import Tiles, choose_tiles
@@ -33,6 +34,7 @@ def swiglu_experts_triton(
     rows_per_expert: Tensor | None = None,
     trainable: Tensor | None = None,
     accumulate_main_grad: bool = False,
+    parts: tuple[Parts, Parts] | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """Output of the experts: [T, D] for tokens, [R, D] for grouped rows, in x's dtype.
@@ -46,6 +48,8 @@ def swiglu_experts_triton(
         weight's shape, usually fp32). As in megatron-core's fused linears: where the parameter has
         `grad_added_to_main_grad`, it is set, and the gradient that autograd sees has undefined values (zeros with
         `zero_out_wgrad`), which the data parallel hook drops; elsewhere it is None. Nobody may read `.grad` then.
+    parts: with accumulate_main_grad, for fc1 and for fc2 the parameters that are added to, where those are views of
+        them; one launch each.
     tiles: block sizes; by default from the table.
 
     Gradients: x, fc1, fc2, scores; not twice differentiable. Raises ValueError where the Triton kernels do not apply.
@@ -60,8 +64,9 @@ def swiglu_experts_triton(
     keep = torch.is_grad_enabled() and differentiable
     with torch.cuda.device_of(x):
         return _SwigluExperts.apply(  # type: ignore[no-untyped-call]
-            x, fc1, fc2, scores, experts, rows_per_expert, trainable, accumulate_main_grad, tiles, keep
-        )
+            x, fc1, fc2, scores, experts, rows_per_expert, trainable, accumulate_main_grad, parts or (None, None),
+            tiles, keep,
+        )  # fmt: skip
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -70,8 +75,10 @@ class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, scores: Tensor, experts: Tensor | None,
-        rows_per_expert: Tensor | None, trainable: Tensor | None, accumulate: bool, tiles: Tiles, keep: bool,
+        rows_per_expert: Tensor | None, trainable: Tensor | None, accumulate: bool,
+        parts: tuple[Parts | None, Parts | None], tiles: Tiles, keep: bool,
     ) -> Tensor:  # fmt: skip
+        ctx.parts = parts
         ctx.accumulate, ctx.tiles, ctx.scores_dtype, ctx.x_shape = accumulate, tiles, scores.dtype, x.shape
         ctx.rows = scores.numel()
         if ctx.rows == 0:
@@ -106,27 +113,35 @@ class _SwigluExperts(torch.autograd.Function):
             d_fc1 = d_fc2 = d_scores = None
             weights = {"route": route, "trainable": trainable, "accumulate": ctx.accumulate, "tiles": tiles}
             if needs_fc1:
-                d_fc1 = _weight_gradient(fc1, dh, x, gathered="right", **weights)
+                d_fc1 = _weight_gradient(fc1, dh, x, gathered="right", parts=ctx.parts[0], **weights)
             if needs_fc2:
-                d_fc2 = _weight_gradient(fc2, dy, scaled, gathered="left", **weights)
+                d_fc2 = _weight_gradient(fc2, dy, scaled, gathered="left", parts=ctx.parts[1], **weights)
             if needs_scores:
                 d_scores = steps.score_gradient(by_row, route).to(ctx.scores_dtype)
-        return dx, d_fc1, d_fc2, d_scores, None, None, None, None, None, None
+        return dx, d_fc1, d_fc2, d_scores, None, None, None, None, None, None, None
 
 
 def _weight_gradient(
     weight: Tensor, left: Tensor, right: Tensor, *, gathered: str, route: Route, trainable: Tensor | None,
-    accumulate: bool, tiles: Tiles,
+    accumulate: bool, parts: Parts | None, tiles: Tiles,
 ) -> Tensor | None:  # fmt: skip
-    """The gradient of `weight`, or what stands for it where it was added to `weight.main_grad`."""
-    out: Tensor = weight.main_grad if accumulate else weight.new_empty(weight.shape)  # type: ignore[attr-defined]
-    assert out.is_contiguous(), "main_grad is contiguous"
-    assert out.shape == weight.shape, "main_grad has the weight's shape"
-    steps.backward_weight(
-        left, right, out, route, trainable=trainable, accumulate=accumulate, gathered=gathered, tiles=tiles,
-        run=Launch.run,
-    )  # fmt: skip
-    return taken_over(weight) if accumulate else out
+    """The gradient of `weight`, or what stands for it where it was added to the `main_grad` of its parts."""
+    if not accumulate:
+        out = weight.new_empty(weight.shape)
+        steps.backward_weight(
+            left, right, out, route, trainable=trainable, accumulate=False, gathered=gathered, tiles=tiles,
+            run=Launch.run,
+        )  # fmt: skip
+        return out
+    for first, part in parts or [(0, weight)]:
+        out = part.main_grad  # type: ignore[attr-defined]
+        assert out.is_contiguous(), "main_grad is contiguous"
+        assert out.shape == part.shape, "main_grad has the weight's shape"
+        steps.backward_weight(
+            left, right, out, replace(route, offsets=route.offsets[first:]),
+            trainable=None if parts else trainable, accumulate=True, gathered=gathered, tiles=tiles, run=Launch.run,
+        )  # fmt: skip
+    return taken_over(weight)
 
 
 def _zero_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,7 +153,7 @@ def _zero_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             gradients.append(taken_over(weight))
         else:
             gradients.append(torch.zeros_like(weight) if needed else None)
-    return (*gradients, torch.zeros_like(scores), *[None] * 6)
+    return (*gradients, torch.zeros_like(scores), *[None] * 7)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
