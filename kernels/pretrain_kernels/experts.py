@@ -71,14 +71,10 @@ def swiglu_experts(
         trainable: bool [E]. Experts that do not train get zeros as weight gradients, at no cost; gradients flow
             through them to x and the scores.
         backend: see `choose_backend`.
-        accumulate_main_grad: add the weight gradients to `fc1.main_grad` and `fc2.main_grad` (fp32, of the weight's
-            shape) during backward instead of returning them. Meant for parameters under megatron-core's DDP: its hook
-            must not add `.grad` again, so `grad_added_to_main_grad` is set to True where the weight has that attribute,
-            and `.grad` gets a tensor of undefined content, which the hook needs with overlapped reduction and drops.
-            Weights without that attribute get None. The weights have to be leaves: parameters, not views of them.
+        accumulate_main_grad: add the weight gradients to `fc1.main_grad` and `fc2.main_grad` (fp32) during backward
+            instead of returning them, see `grouped.taken_over`. The weights have to be leaves, not views.
         parts: with accumulate_main_grad, the parameters to whose `main_grad` gradients are added, where those of fc1
-            and of fc2 are views of them: all experts that train, and no others. fc1 and fc2 get no gradient then, and
-            who made them of the parameters tells DDP (`grouped.taken_over`).
+            and of fc2 are views of them: all experts that train, and no others. fc1 and fc2 get no gradient then.
 
     Returns:
         [R, D] with `Grouped`; with `Tokens` [T, D], each token's sum over its K rows, in fp32 and in their order.
@@ -101,12 +97,9 @@ def swiglu_experts(
         return swiglu_experts_triton(
             x, fc1, fc2, **vars(routing), trainable=trainable, accumulate_main_grad=accumulate_main_grad, parts=parts
         )
+    products = GROUPED_MM if backend == "grouped_mm" else LOOP
     experts = partial(
-        grouped_experts,
-        trainable=trainable,
-        products=GROUPED_MM if backend == "grouped_mm" else LOOP,
-        accumulate_main_grad=accumulate_main_grad,
-        parts=parts or (None, None),
+        grouped_experts, trainable=trainable, products=products, accumulate_main_grad=accumulate_main_grad, parts=parts
     )
     if isinstance(routing, Grouped):
         return experts(x, fc1, fc2, routing.rows_per_expert, routing.scores)

@@ -98,10 +98,11 @@ def grouped_experts(
     trainable: torch.Tensor | None,
     products: Products,
     accumulate_main_grad: bool,
-    parts: tuple[Parts | None, Parts | None],
+    parts: tuple[Parts, Parts] | None,
 ) -> torch.Tensor:
     """See `pretrain_kernels.swiglu_experts` with `Grouped`."""
-    return _Experts.apply(x, fc1, fc2, scores, rows_per_expert, trainable, products, accumulate_main_grad, parts)
+    both = parts or (None, None)
+    return _Experts.apply(x, fc1, fc2, scores, rows_per_expert, trainable, products, accumulate_main_grad, both)
 
 
 class _Experts(torch.autograd.Function):
@@ -200,7 +201,12 @@ def hand_over(
 
 
 def taken_over(weight: torch.Tensor) -> torch.Tensor | None:
-    """Tell megatron-core's DDP that `weight.main_grad` has this gradient; return what its hook wants to find."""
+    """Tell megatron-core's DDP that `weight.main_grad` has this gradient; return what its hook wants to find.
+
+    The hook must not add `.grad` again, so `grad_added_to_main_grad` is set to True where the weight has that
+    attribute, and `.grad` gets a tensor of undefined content, which the hook needs with overlapped reduction and drops.
+    Weights without that attribute get None.
+    """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
