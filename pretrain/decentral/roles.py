@@ -13,11 +13,9 @@ from pretrain.config.load import flat_keys
 from pretrain.config.schema import Config
 from pretrain.errors import ConfigError
 
-LOCAL_KEYS = (
-    *("run.directory", "data.", "metrics.", "checkpoint.", "eval."),
-    *("decentral.site", "decentral.bind", "decentral.coordinator"),
-)
-"""Keys, or beginnings of keys, that sites may differ in."""
+LOCAL_KEYS = ("run.directory", "decentral.site", "decentral.bind", "decentral.coordinator")
+LOCAL_SECTIONS = ("data.", "metrics.", "checkpoint.", "eval.")
+"""What sites may differ in."""
 
 Header = Mapping[str, Any]
 """What a site says of itself, JSON: among it `round` (synchronisations its weights have been through; -1: it has not
@@ -85,7 +83,11 @@ def roles_of(headers: Mapping[int, Header]) -> Roles:
 
 def common_keys(config: Config) -> dict[str, Any]:
     """The keys that all sites of a run must have in common, with their values."""
-    return {key: value for key, value in flat_keys(config).items() if not key.startswith(LOCAL_KEYS)}
+    return {
+        key: value
+        for key, value in flat_keys(config).items()
+        if key not in LOCAL_KEYS and not key.startswith(LOCAL_SECTIONS)
+    }
 
 
 def check_same_run(headers: Mapping[int, Header], *, site: int, source: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain.decentral.roles import check_same_run, roles_of
+from pretrain.decentral.roles import check_same_run, common_keys, roles_of
 from pretrain.errors import ConfigError
+from tests.decentral.recording import sites_config
+from tests.helpers.sites import at_site
 
 
 def header(round_: int, step: int, *, due: bool = False) -> dict[str, Any]:
@@ -73,6 +76,15 @@ def test_all_restarted_with_one_behind_by_a_round() -> None:
     assert roles.givers == (1,), "weights differ between synchronisations: they come from one site"
     assert roles.stale == roles.takers == {0}
     assert [roles.publisher(owner) for owner in range(3)] == [1, 1, 1]
+
+
+def test_sites_have_all_in_common_but_what_belongs_to_a_place(tmp_path: Path) -> None:
+    config = sites_config(tmp_path, tmp_path / "run", sites=2)
+    elsewhere = at_site(config, 1).model_copy(update={"run": config.run.model_copy(update={"directory": tmp_path})})
+    assert common_keys(elsewhere) == common_keys(config)
+    three = sites_config(tmp_path, tmp_path / "run", sites=3, batch={"global_batch_size": 8})
+    differing = {key for key, value in common_keys(three).items() if common_keys(config)[key] != value}
+    assert differing == {"decentral.sites"}
 
 
 def test_a_site_with_other_keys_is_told_and_the_others_go_on() -> None:
