@@ -13,7 +13,7 @@ from pretrain.studies.evidence import Claim, Evidence, Judged, judge_claims
 
 EQUAL_SHARE = 0.01
 """An arm counts as good as another one if its loss is above the other's by less than this share of the central run's.
-It was set before any run."""
+A choice, made when some of the runs had ended."""
 PLAN_SHARE = 0.01
 """By how much what is measured may differ from the plan."""
 OFTEN, RARELY = INTERVALS
