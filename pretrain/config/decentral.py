@@ -64,7 +64,7 @@ class DecentralConfig(Section):
     coordinator: str = "127.0.0.1:29400"
     """HOST:PORT of `pretrain coordinator`; with transport = "fixed", an address of site 0's where the sites meet."""
     bind: str = "127.0.0.1"
-    """Address of this machine that the sockets for other sites listen on."""
+    """Address of this machine, or name of its network interface, that the sockets for other sites listen on."""
     min_sites: Count = 0
     """Fewest members of a round (0: more than half of the sites)."""
     join_seconds: PositiveFloat = 60.0

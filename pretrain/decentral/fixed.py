@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 
 from pretrain.config.decentral import DecentralConfig
 from pretrain.decentral.board import Address, Board, BoardError, serve_board
@@ -30,7 +31,7 @@ class FixedMeetings:
 
     def __init__(self, config: DecentralConfig, ranks: int, host: str, decisions: Decisions) -> None:
         address = Address.parse(config.coordinator)
-        self._config, self._ranks = config, ranks
+        self._config, self._ranks, self._decisions = config, ranks, decisions
         self._served = serve_board(host, address.port) if config.site == 0 else None
         self._board = Board(address, BOARD_SECONDS)
         self._presence = Presence(Board(address, BOARD_SECONDS), config.site, decisions)
@@ -61,14 +62,16 @@ class FixedMeetings:
             patience.sleep(POLL_SECONDS)
 
     def close(self) -> None:
-        """See `meetings.Meetings`. Site 0 lets the others go first, who may still have to read a decision."""
+        """See `meetings.Meetings`. Site 0 waits until the others have read the last decision, too."""
         self._presence.close()
         late = time.monotonic() + self._config.timeout_seconds
-        while self._served and time.monotonic() < late:
-            self._watch.look(self._board)
-            if not self._watch.here():
-                break
-            time.sleep(POLL_SECONDS)
+        last = self._decisions.last[:1]
+        with suppress(BoardError):  # no others, then, who could ask it
+            while self._served and time.monotonic() < late:
+                self._watch.look(self._board)
+                if all(set(last) <= set(sign["decided"]) for sign in self._watch.here().values()):
+                    break
+                time.sleep(POLL_SECONDS)
         self._served = None
 
     def _gather(self, patience: Patience) -> str:

@@ -61,7 +61,9 @@ class Presence:
             count += 1
             self._beat()
             try:
-                self._board.set(_key(self._site), json.dumps(self._status | {"beat": count}))
+                self._board.set(
+                    _key(self._site), json.dumps(self._status | {"beat": count, "decided": self._decisions.last})
+                )
                 if self._published_on != self._board.connections:
                     self._decisions.publish(self._board)
                     self._published_on = self._board.connections

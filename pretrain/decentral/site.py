@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LISTEN_SECONDS = 0.5
 """How often the ranks of a site ask each other whether one was asked to stop, while they wait for other sites."""
+LEAVE_SECONDS = 15.0
+"""How long one of them may take to notice that it was given up."""
 PAUSE_SECONDS = 1.0
 """Between two attempts to connect."""
 
@@ -48,6 +50,7 @@ class SiteTransport:
         self._ranks = _own_group(ranks, config)
         self._background_ranks = _own_group(ranks, config) if config.expert_delay_steps else None
         self._meetings: Meetings | None = None
+        self._task: _Task | None = None
         failure = None
         try:
             self._host = address_of(config.bind)
@@ -79,6 +82,8 @@ class SiteTransport:
     def close(self) -> None:
         """See `transport.Transport`."""
         self._end_round()
+        if self._task:
+            self._task.result(LEAVE_SECONDS)  # one that was given up; Python may not end with a thread in foreign code
         if self._meetings:
             self._meetings.close()
         for ranks in (self._ranks, self._background_ranks):
@@ -93,6 +98,7 @@ class SiteTransport:
     def _meet(self, header: Header, patience: Patience) -> Meeting:
         """Let rank 0 meet the others; all ranks hear the result, or that one was asked to stop."""
         task = _Task(lambda meetings: meetings.meet(header, patience), self._meetings) if self._meetings else None
+        self._task = task
         while True:
             news = task.result(LISTEN_SECONDS) if task else None
             stops = self._ranks.gather(self._stopping())

@@ -39,6 +39,9 @@ RETRY_SECONDS = 1.0
 KEPT = 64
 """Decisions of the last rounds, of which those that somebody may still ask for are the last few."""
 
+SAID = 4
+"""Decisions that a site lets the others know it knows."""
+
 
 class Decisions:
     """The last decisions this process knows. For several threads."""
@@ -53,6 +56,12 @@ class Decisions:
             self._known[transaction] = decision
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
+
+    @property
+    def last(self) -> list[str]:
+        """The transactions decided last, newest first."""
+        with self._lock:
+            return list(reversed(self._known))[:SAID]
 
     def publish(self, board: Board) -> None:
         """Write all of them where there is none yet. Raises BoardError."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pretrain.decentral import torchft_transport, votes
 from pretrain.decentral.board import Board
-from pretrain.decentral.transport import Round, RoundError
+from pretrain.decentral.fixed import FixedMeetings
+from pretrain.decentral.transport import Round, RoundError, StopWaitingError
 from tests.decentral.sites import Here
 
 VICTIM, DIES_IN = 2, 2
@@ -36,7 +39,7 @@ def train(here: Here, dies: str = "") -> list[tuple[str, tuple[int, ...], bool]]
         ok = collectives(here, round_, dies if due else "")
         strike(here, due and dies == "before its vote")
         if due and dies == "after its vote":
-            die_after_voting(here)
+            after_voting(lambda: strike(here, True))
         committed = round_.commit(ok)
         log.append((round_.name, round_.members, committed))
         if committed:
@@ -73,17 +76,6 @@ def strike(here: Here, now: bool) -> None:
         here.die()
 
 
-def die_after_voting(here: Here) -> None:
-    """Kill this process as soon as its vote has arrived."""
-    write = Board.set
-
-    def write_and_die(board: Board, key: str, value: str) -> None:
-        write(board, key, value)
-        strike(here, "/vote/" in key)
-
-    Board.set = write_and_die  # type: ignore[method-assign]
-
-
 def one_round(here: Here, name: str = "") -> tuple[int, ...]:
     """Meet once, say so, and agree; returns the members. With a name: open when the test marks it."""
     transport = here.transport()
@@ -108,3 +100,95 @@ def paced(here: Here, rounds: int) -> list[Any]:
         here.mark(f"done {number} {here.site}")
     transport.close()
     return log
+
+
+def slow_voter(here: Here, forgetful: bool) -> bool:
+    """Site 0 votes, and says so; site 1 votes when it may. A forgetful site 0 would not vote again."""
+    if here.site == 0:
+        after_voting(lambda: here.mark("voted"), once=forgetful)
+    transport = here.transport()
+    round_ = transport.open({})
+    if here.site == 1:
+        here.wait("vote")
+    committed = round_.commit(True)
+    transport.close()
+    return committed
+
+
+def slow_reader(here: Here, silent: bool) -> bool:
+    """Site 1 votes first, and reads the decision when it may; site 0 takes it, and may be silent about it later."""
+    if here.site == 1:
+        after_voting(lambda: here.mark("voted"))
+        before_reading(lambda: here.wait("read"))
+    elif silent:
+        votes.Decisions.publish = lambda *_: None  # type: ignore[method-assign]
+    transport = here.transport()
+    round_ = transport.open({})
+    if here.site == 0:
+        here.wait("voted")
+    committed = round_.commit(True)
+    here.mark(f"decided {here.site}")
+    here.wait("decided 1")  # site 0 trains on meanwhile
+    transport.close()
+    return committed
+
+
+def leaving(here: Here, hasty: bool) -> bool:
+    """Site 1 reads the decision late; site 0 leaves at once, and may be hasty about it."""
+    if here.site == 1:
+        before_reading(lambda: time.sleep(2))
+    elif hasty:
+        FixedMeetings.close = lambda _: None  # type: ignore[method-assign]
+    transport = here.transport()
+    round_ = transport.open({})
+    if here.site == 0:
+        time.sleep(1)
+    committed = round_.commit(True)
+    transport.close()
+    return committed
+
+
+def impatient(here: Here, hasty: bool) -> tuple[int, ...]:
+    """One round; a hasty site makes one long request."""
+    if hasty:
+        torchft_transport.LighthouseMeetings._request_seconds = lambda _: 60.0  # type: ignore[method-assign]
+    return one_round(here)
+
+
+def stopped(here: Here) -> str:
+    """Wait for a round; rank 1 is asked to stop."""
+    transport = here.transport(lambda: here.rank == 1 and (here.folder / "stop").exists())
+    here.mark(f"started {here.site}")
+    try:
+        transport.open({})
+    except StopWaitingError:
+        transport.close()
+        return "stopped"
+    return "met"
+
+
+def after_voting(then: Callable[[], None], *, once: bool = False) -> None:
+    """Do something when a vote of this process has arrived; `once`: let only the first one arrive."""
+    write, voted = Board.set, []
+
+    def write_then(board: Board, key: str, value: str) -> None:
+        is_vote = "/vote/" in key
+        if not (is_vote and once and voted):
+            write(board, key, value)
+        if is_vote:
+            voted.append(key)
+            then()
+
+    Board.set = write_then  # type: ignore[method-assign]
+
+
+def before_reading(first: Callable[[], None]) -> None:
+    """Do something before this process reads a decision."""
+    read = Board.get
+
+    def then_read(board: Board, key: str) -> str | None:
+        if key.endswith("/decision"):
+            first()
+        return read(board, key)
+
+    Board.get = then_read  # type: ignore[method-assign]

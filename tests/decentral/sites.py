@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -71,7 +71,7 @@ class Sites:
         self.config = DecentralConfig(
             kind="spes", sites=sites, transport=transport, coordinator=f"{host}:{free_port()}", **(times | keys)
         )
-        self._processes: dict[int, list[BaseProcess]] = {}
+        self.processes: dict[int, list[BaseProcess]] = {}
         self._starts = 0
         self.coordinator: BaseProcess | None = None
 
@@ -79,7 +79,7 @@ class Sites:
         """Start a site, or start it again; `keys` are its own of [decentral]."""
         self._starts += 1
         config = self.config.model_copy(update={"site": site} | keys)
-        self._processes[site] = [
+        self.processes[site] = [
             forks().Process(
                 target=_rank_main,
                 args=(scenario, arguments, config, self.folder, self._starts, rank, ranks or self.ranks),
@@ -87,7 +87,7 @@ class Sites:
             )
             for rank in range(ranks or self.ranks)
         ]
-        for process in self._processes[site]:
+        for process in self.processes[site]:
             process.start()
 
     def start_all(self, scenario: Scenario, *arguments: Any) -> None:
@@ -96,25 +96,30 @@ class Sites:
 
     def results(self, site: int) -> list[Any]:
         """What the ranks of a site returned, once they have ended. A string is the error of a rank that failed."""
+        return self.results_of(self.processes[site])
+
+    def results_of(self, processes: Sequence[BaseProcess]) -> list[Any]:
+        """The same for a start of a site that is not its last."""
         deadline = time.monotonic() + PATIENCE_SECONDS
-        for process in self._processes[site]:
+        for process in processes:
             process.join(max(0, deadline - time.monotonic()))
-            assert process.exitcode is not None, f"site {site} hangs: {self.trace(site)}"
-        assert [process.exitcode for process in self._processes[site]] == [0] * len(self._processes[site])
-        return [torch.load(_result(self.folder, process), weights_only=False) for process in self._processes[site]]
+            assert process.exitcode is not None, f"{process} hangs:\n{self.logs()}"
+        assert [process.exitcode for process in processes] == [0] * len(processes)
+        return [torch.load(_result(self.folder, process), weights_only=False) for process in processes]
 
     def kill(self, site: int) -> None:
-        for process in self._processes[site]:
+        for process in self.processes[site]:
             process.kill()
             process.join()
 
     def signal(self, site: int, number: signal.Signals) -> None:
-        for process in self._processes[site]:
+        for process in self.processes[site]:
             assert process.pid
             os.kill(process.pid, number)
 
-    def trace(self, site: int) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder.glob(f"log_{site}_*")))
+    def logs(self) -> str:
+        """What all ranks wrote."""
+        return "".join(f"{path.name}:\n{path.read_text()}\n" for path in sorted(self.folder.glob("log_*")))
 
     def wait(self, mark: str) -> None:
         wait_until((self.folder / mark).exists)
@@ -145,7 +150,7 @@ class Sites:
         return (self.folder / "coordinator").read_text()
 
     def end(self) -> None:
-        for process in [p for group in self._processes.values() for p in group] + [self.coordinator]:
+        for process in [p for group in self.processes.values() for p in group] + [self.coordinator]:
             if process is not None and process.is_alive():
                 process.kill()
                 process.join()

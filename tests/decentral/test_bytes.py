@@ -21,7 +21,7 @@ HEADERS = 14 + 20 + 32
 """Of a packet, in bytes: Ethernet's, IP's and TCP's with its timestamps. An acknowledgement is a packet, too."""
 SHARE, FEW = 0.01, 100_000
 """What may come on top: gloo heads every message, of some hundred KiB or more here, with less than 100 bytes; TCP
-sends again what it believes lost, on a busy machine; sites say with some hundred bytes a second that they live."""
+sends again what it believes lost, when the machine is busy; sites say with few bytes a second that they live."""
 
 COLLECTIVES = ("sum", "gather", "broadcast")
 

@@ -95,6 +95,7 @@ def test_decisions_are_forgotten_in_order(served: dist.TCPStore) -> None:
     decisions = Decisions()
     for number in range(votes.KEPT + 3):
         decisions.keep(f"t{number}", votes.COMMIT)
+    assert decisions.last == [f"t{votes.KEPT + 2 - i}" for i in range(votes.SAID)]
     decisions.publish(client(served))
     assert client(served).get("t2/decision") is None
     assert client(served).get("t3/decision") == votes.COMMIT

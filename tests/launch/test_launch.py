@@ -392,7 +392,13 @@ def test_the_first_real_failure_ends_all_sites(
 ) -> None:
     """A mistake of the user's is not tried again."""
     waits = SAVES_ON_SIGNAL.replace("SIGUSR1", "SIGTERM")
-    sites(f"if site == 1: sys.exit({code})\n{waits}")
+    fails = f"""
+if site == 1:
+    import time
+    while not list(Path(os.environ["RECORDS"]).glob("running-*")): time.sleep(0.1)
+    sys.exit({code})
+"""
+    sites(fails + waits)
     found, output = workplace.run("sites.sh", "c.toml", RESTARTS="1")
     assert found == code, output
     assert workplace.marks("start-1") == starts
@@ -420,7 +426,7 @@ def test_sites_are_told_to_save(
 
 
 def test_a_coordinator_is_started_again(workplace: Workplace, sites: Callable[..., None]) -> None:
-    sites('while len(list(Path(os.environ["RECORDS"]).glob("pretrain-*"))) < 5: pass')
+    sites('import time\nwhile len(list(Path(os.environ["RECORDS"]).glob("pretrain-*"))) < 5: time.sleep(0.1)')
     process = workplace.start("sites.sh", "c.toml")
     try:
         wait_until(lambda: "coordinator" in commands(workplace) and workplace.marks("start") == 2)
