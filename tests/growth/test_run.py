@@ -107,6 +107,7 @@ def documented_fields() -> set[str]:
     readme = (Path(pretrain.metrics.__file__).parent / "README.md").read_text()
     table = readme[readme.index("A growth:") : readme.index("Goodput is the time")]
     first, second = table.split("The report does not read these:")
+    first = first[: first.index("A `sync`, or `joined`, of the site")]
     (more,) = [line for line in second.splitlines() if line.startswith("| growth |")]
     cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", first, flags=re.MULTILINE)
     return {name for text in (*cells, more) for name in re.findall(r"`(\w+)`", text)}

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from pretrain.config.schema import Config, ModelConfig
 from pretrain.model.logical import logical_tensors
@@ -67,6 +68,8 @@ def single_process() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # megatron-core sizes it by the first model that it sees; the next test may have another one.
+        get_moe_layer_wise_logging_tracker().clear()
         # Models and the groups they hold refer to each other; each group's threads wake up all the time until it goes.
         gc.collect()
 
