@@ -185,6 +185,7 @@ class Block:
 
 sys.meta_path.insert(0, Block())
 import torch, megatron.core.dist_checkpointing, megatron.core.models.gpt, megatron.core.optimizer
+import matplotlib.pyplot, pydantic, rich.progress, safetensors.torch, tokenizers
 for module in modules:
     child = os.fork()
     if child == 0:

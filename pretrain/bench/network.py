@@ -13,15 +13,18 @@ import itertools
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 TUN_DEVICE = Path("/dev/net/tun")
 TUNSETIFF, IFF_TUN_NO_PI = 0x400454CA, 0x1001  # linux/if_tun.h
@@ -77,10 +80,11 @@ def check_possible() -> None:
 
 @contextmanager
 def slow_network(sites: int, link: Link) -> Iterator[list[Place]]:
-    """Places for so many sites, for the time of a `with` block. Raises NetworkError."""
+    """Places for so many sites, for the time of a `with` block; on the main thread. Raises NetworkError."""
     check_possible()
     ended = threading.Event()
     with ExitStack() as stack:
+        stack.enter_context(_exit_on_sigterm())
         places, ends = [], {}
         for site in range(sites):
             place = Place(f"10.213.0.{site + 1}", f"site{site}-{os.getpid()}"[:15])
@@ -93,6 +97,20 @@ def slow_network(sites: int, link: Link) -> Iterator[list[Place]]:
         finally:
             ended.set()
             wire.join()
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Clean up on SIGTERM, too: a namespace outlives the process that made it."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

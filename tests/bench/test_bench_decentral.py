@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -177,3 +180,36 @@ def test_why_there_can_be_no_slow_network(
     monkeypatch.setattr(network.shutil, "which", lambda name: program)
     with pytest.raises(NetworkError, match=expected), network.slow_network(2, SLOW_LINK):
         pass
+
+
+LISTENING = """
+import sys, time
+from pretrain.bench.network import Link, NetworkError, slow_network
+try:
+    with slow_network(2, Link(1e8, 0.05)) as places:
+        print(*(place.namespace for place in places), flush=True)
+        time.sleep(60)
+except NetworkError as error:
+    sys.exit(f"none: {error}")
+"""
+
+
+def namespaces() -> set[str]:
+    """Names of those that there are on this machine."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_slow_network_goes_with_who_made_it(number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", LISTENING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        names = set(process.stdout.readline().decode().split())
+        if not names and (why := process.stderr.read().decode()).startswith("none: "):
+            pytest.skip(why)
+        assert names <= namespaces()
+        process.send_signal(number)
+    assert process.returncode
+    assert len(names) == 2
+    assert names.isdisjoint(namespaces())

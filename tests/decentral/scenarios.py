@@ -37,8 +37,12 @@ def train(here: Here, dies: str = "") -> list[tuple[str, tuple[int, ...], bool]]
         due = number == DIES_IN
         strike(here, due and dies == "after open")
         ok = collectives(here, round_, dies if due else "")
+        here.mark(f"summed {number} {here.site}")
         strike(here, due and dies == "before its vote")
         if due and dies == "after its vote":
+            # Not before the others are through, whose sums its death would end.
+            for site in everyone:
+                here.wait(f"summed {number} {site}")
             after_voting(lambda: strike(here, True))
         committed = round_.commit(ok)
         log.append((round_.name, round_.members, committed))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -25,6 +23,7 @@ from pretrain.decentral import presence, torchft_transport
 from pretrain.decentral.coordinator import coordinate
 from pretrain.decentral.transport import Transport, open_transport
 from tests.helpers.forks import forks
+from tests.helpers.sites import free_port
 
 PATIENCE_SECONDS = 120
 """Catches a hang; nothing takes nearly as long."""
@@ -175,17 +174,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """The first of two ports that nobody listens at, and that systems do not hand out by themselves."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        try:
-            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
-                return port
-        except OSError:
-            continue
 
 
 def _result(folder: Path, process: BaseProcess) -> Path:

@@ -26,7 +26,7 @@ from pretrain.decentral.torchft_transport import newest
 from pretrain.decentral.transport import SitesError
 from pretrain.decentral.votes import Decisions, decide
 from pretrain.errors import UserError
-from tests.decentral.sites import free_port
+from tests.helpers.sites import free_port
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +24,14 @@ from tests.helpers.forks import forks
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """The first of two ports that nobody listens at (a coordinator takes both), and that systems do not hand out."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        try:
+            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+                return port
+        except OSError:
+            continue
 
 
 class Site:
@@ -46,6 +51,11 @@ class Site:
         """End all of its processes at once, as a power cut does."""
         for process in self.processes:
             process.kill()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no process of it runs any more."""
+        return not any(process.is_alive() for process in self.processes)
 
     def results(self) -> list[Any]:
         """What each rank returned, when all have. Raises AssertionError with the first traceback of one that failed."""

@@ -89,11 +89,17 @@ def check(chosen: list[Launch], capability: int) -> None:
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("layout", ["tokens", "grouped"])
+# Compiling takes long: what spills first.
 @pytest.mark.parametrize(
-    ("tiles", "kind"),
-    [(NARROW, USUAL), (FEW_ROWS, USUAL), (NARROW, UNEVEN)],  # compiling takes long: what spills first
-    ids=["narrow", "few", "uneven"],
+    ("tiles", "kind", "layout"),
+    [
+        (NARROW, USUAL, "tokens"),
+        (NARROW, USUAL, "grouped"),
+        (FEW_ROWS, USUAL, "tokens"),
+        (NARROW, UNEVEN, "tokens"),
+        (NARROW, UNEVEN, "grouped"),
+    ],
+    ids=["narrow-tokens", "narrow-grouped", "few-tokens", "uneven-tokens", "uneven-grouped"],
 )
 def test_hopper(tiles: Tiles, kind: Kind, layout: str) -> None:
     check(launches(tiles, kind, grouped=layout == "grouped"), 90)
