@@ -5,7 +5,7 @@ number within it), after all ranks of its site told it how they fared:
 
 1. No: it writes `abort` as the decision, unless there is one, and knows the answer, as nothing is committed without it.
 2. Yes: it writes its vote. Whoever then finds the votes of all members writes `commit` as the decision, unless there is
-   one: the last voter does. The others wait for a decision.
+   one. As every member looks, the last voter may die right after its vote.
 3. Who has waited for `timeout_seconds` writes `abort`, unless there is a decision.
 
 All three write by compare-and-set, so that the first one decides for everybody, and what was written is what is done.
@@ -112,14 +112,15 @@ def _vote(board: Board, transaction: str, site: int, members: Sequence[int], ok:
         board.set_once(decision, ABORT)
         return ABORT
     board.set(f"{transaction}/vote/{site}", YES)
-    if board.has([f"{transaction}/vote/{member}" for member in members]):
-        return board.set_once(decision, COMMIT)
+    votes = [f"{transaction}/vote/{member}" for member in members]
     late = time.monotonic() + timeout_seconds
-    while time.monotonic() < late:
-        if found := board.get(decision):
-            return found
+    while not (found := board.get(decision)):
+        if board.has(votes):
+            return board.set_once(decision, COMMIT)
+        if time.monotonic() > late:
+            return board.set_once(decision, ABORT)
         time.sleep(POLL_SECONDS)
-    return board.set_once(decision, ABORT)
+    return found
 
 
 def _decision(transaction: str) -> str:

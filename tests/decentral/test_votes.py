@@ -61,6 +61,15 @@ def test_who_does_not_vote_in_time_is_not_waited_for(served: dist.TCPStore) -> N
         assert [future.result() for future in (*early, late)] == [False] * 3
 
 
+def test_who_votes_last_may_die_of_it(served: dist.TCPStore) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(vote, served, site, True) for site in range(2)]
+        time.sleep(0.3)
+        assert not any(future.done() for future in others)
+        client(served).set("t/vote/2", votes.YES)  # and it looks at nothing more
+        assert [future.result() for future in others] == [True, True]
+
+
 @pytest.mark.parametrize("delays", [(0.0, 0.0), (0.0, 0.5), (0.5, 0.0)])
 def test_the_timeout_and_the_last_vote_do_not_both_win(served: dist.TCPStore, delays: tuple[float, float]) -> None:
     """Site 1 votes about when site 0 stops waiting: whatever comes first holds for both."""
