@@ -14,7 +14,7 @@ demo: $(READY)  ## train a small MoE on real text on this machine's CPU (minutes
 	@$(BIN)/pretrain demo
 
 test: lint  ## lint, then the whole CPU test suite
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile
 
 lint: $(READY)  ## ruff, mypy, shellcheck
 	@$(BIN)/ruff check .

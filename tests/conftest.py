@@ -5,6 +5,7 @@ Tests marked `gpu` start processes of their own that see the GPUs again, and are
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -49,3 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+
+
+@pytest.hookimpl
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: with torch and megatron-core in memory a collection takes a second to look at it."""
+    gc.freeze()

@@ -6,11 +6,12 @@ import multiprocessing
 from multiprocessing.context import ForkServerContext
 
 # Of one process that has loaded these and done nothing else, all others are forks.
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "megatron.core.models.gpt", "megatron.core.optimizer"]
+PRELOADED = ["torch._dynamo", "megatron.core.models.gpt", "megatron.core.optimizer", "pretrain.train"]
+LAST = "tests.helpers.frozen"
 
 
 def forks() -> ForkServerContext:
     """The way to start them. Their environment is that of the first one's start: pass on what matters."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload([*PRELOADED, LAST])
     return context
