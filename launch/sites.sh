@@ -114,6 +114,7 @@ for ((site = 0; site < sites; site++)); do
     left[site]=$restarts
     start_site "$site"
 done
+echo "to follow: tail -f $directory/site_*/log.txt"
 while ((${#running[@]} > 0)); do
     for site in "${!running[@]}"; do
         if ! kill -0 "${running[$site]}" 2>/dev/null; then site_ended "$site"; fi
