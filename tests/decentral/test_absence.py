@@ -162,7 +162,7 @@ def test_a_site_back_from_the_last_round_keeps_its_state_and_gives_nothing(corpu
 
         other = start(0)
         # It has done the round after step 4 and ends; what it holds then is in its checkpoint.
-        (lost,) = start(1, steps=4, save=True).results()
+        (lost,) = start(1, steps=4, save=4).results()
         (back,) = start(1, first=6).results()
         (stayed,) = other.results()
     zero, one = ({meeting.after.step: meeting for meeting in found} for found in (stayed, back))

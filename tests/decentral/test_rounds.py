@@ -128,6 +128,18 @@ def test_a_diloco_round_steps_with_nesterov_momentum(corpus: Path, tmp_path: Pat
         assert float((mean - anchor.detach()).abs().max()) > 1e-4
 
 
+def test_an_outer_optimizer_begins_where_all_sites_have_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    average = sites_config(corpus, tmp_path, sites=1, decentral={"kind": "diloco", "outer": "average"})
+    nesterov = sites_config(corpus, tmp_path, sites=1, decentral={"kind": "diloco"}, budget={"steps": 6})
+    # Every second step ends with a round.
+    meetings(average, tmp_path / "first", save=3, steps=3)
+    with pytest.raises(AssertionError, match=r'decentral\.outer = "auto": .*step_00000003 was written between rounds'):
+        meetings(nesterov, tmp_path / "refused")
+    meetings(average, tmp_path / "second", save=4)
+    ((resumed,),) = meetings(nesterov, tmp_path / "third")
+    assert [meeting.before.step for meeting in resumed] == [4, 6]
+
+
 @pytest.mark.parametrize("kind", ["spes", "diloco"])
 def test_one_site_is_a_plain_run(corpus: Path, tmp_path: Path, kind: str) -> None:
     decentral = {"kind": kind, "outer": "average"}
