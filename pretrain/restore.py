@@ -173,7 +173,21 @@ def _check_resumable(path: Path, state: TrainState, config: Config, train_data: 
         raise CheckpointError(
             f"budget: {config.total_steps} steps, but {path} has done {state.step} already; raise the budget"
         )
+    _check_outer(path, state, config)
     check_history(config, state.growths, step=state.step, scores=state.scores, where=str(path))
+
+
+def _check_outer(path: Path, state: TrainState, config: Config) -> None:
+    """An outer optimizer that the checkpoint has not begins at its weights, which must be those of all sites."""
+    decentral = config.decentral
+    if decentral is None or decentral.outer_rule == "average" or state.decentral["outer"]:
+        return
+    if state.decentral["round_step"] != state.step:
+        raise CheckpointError(
+            f'decentral.outer = "{decentral.outer}": an outer optimizer begins at weights that all sites have in '
+            f'common, and {path} was written between rounds; go on with "average" to a checkpoint of a round '
+            f"(checkpoint.every_steps a multiple of decentral.sync_every_steps), and change it there"
+        )
 
 
 def _valid_bytes_per_token(config: Config, valid_data: BlendedDataset | None) -> float | None:

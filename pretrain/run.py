@@ -37,10 +37,18 @@ from pretrain.optim.sharded import ShardedOptimizer
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.mesh import Mesh, Meshes
 
-NO_ROUNDS: dict[str, Any] = {"round": -1, "round_step": 0, "missed": {}, "dropped": [], "handovers": [], "outer": False}
+NO_ROUNDS: dict[str, Any] = {
+    "round": -1,
+    "round_step": 0,
+    "late": False,
+    "missed": {},
+    "dropped": [],
+    "handovers": [],
+    "outer": False,
+}
 """`TrainState.decentral` of a site that has not met the others: synchronisations it has been through and the step of
-the last one; rounds that absent sites have missed in a row; sites whose experts others train; what changed hands after
-which step; whether checkpoints hold the state of an outer optimizer."""
+the last one; whether its experts have yet to come; rounds that absent sites have missed in a row; sites whose experts
+others train; what changed hands after which step; whether checkpoints hold the state of an outer optimizer."""
 
 
 @dataclass

@@ -9,17 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from pretrain.config.ownership import owner_of
-from pretrain.decentral.checking import check_same, digest
+from pretrain.decentral.checking import compare
 from pretrain.decentral.experts import Item, expert_items, stage_experts, take_experts
 from pretrain.decentral.late import LateExperts
-from pretrain.decentral.merge import Similarity, merged, similarity
+from pretrain.decentral.merge import merged, noted, similarity
+from pretrain.decentral.reown import absences
 from pretrain.decentral.roles import Roles, check_same_run, common_keys, roles_of
 from pretrain.decentral.sending import from_source, mean_of_givers
 from pretrain.decentral.transport import (
@@ -136,7 +137,7 @@ class Sites:
         assert staged
         self._take(round_, roles, staged)
         if round_.site in roles.moved | roles.stale:
-            self._move_to(round_.headers[roles.source], with_optimizer=round_.site in roles.stale)
+            self._move_to(round_, roles)
         figures = self._after_round(round_, roles)
         seconds = {"wait_seconds": round(opened - started, 3), "seconds": round(time.monotonic() - opened, 3)}
         self._note(round_, roles, {**figures, **seconds})
@@ -168,6 +169,7 @@ class Sites:
             "round": state.decentral["round"],
             "step": state.step,
             "due": self.is_due,
+            "late": state.decentral["late"],
             "config": common_keys(self.run.config)
             | {"data.train": state.data_fingerprint, "world size": self.run.mesh.world_size},
             "loss": sum(self._losses) / len(self._losses) if self._losses else None,
@@ -191,22 +193,27 @@ class Sites:
         if run.outer and roles.stale:
             outer = from_source(round_, run.outer.state(), roles.source, bucket_bytes=bucket_bytes)
         experts: dict[tuple[str, int], torch.Tensor] = {}
-        if not self._comes_late(roles):
+        if not self._comes_late(round_, roles):
             items, carrier = self._items(round_, roles), run.mesh.groups.expt_dp.rank()
             experts = stage_experts(round_, items, roles.publisher, carrier=carrier, bucket_bytes=bucket_bytes)
         layers = copy_selection_biases(run.engine)
         means = mean_of_givers(round_, list(layers.values()), roles.givers, bucket_bytes=bucket_bytes)
         return Staged(shared, outer, experts, dict(zip(layers, means, strict=True)))
 
-    def _comes_late(self, roles: Roles) -> bool:
-        """Whether the experts of this round may arrive later: nobody needs them at once, and there is time."""
-        step, delay = self.state.step, self.decentral.expert_delay_steps
+    def _comes_late(self, round_: Round, roles: Roles) -> bool:
+        """Whether the experts of this round may arrive later: nobody needs them at once, and there is time.
+
+        All members say the same: they come from one step and one round, or experts are not late.
+        """
+        step, delay, done = self.state.step, self.decentral.expert_delay_steps, self.state.decentral
         return bool(
             delay
             and roles.averaging
-            and not roles.stale
+            and not roles.stale | roles.moved | roles.behind
             and step + delay <= self.run.config.total_steps
             and not self.decentral.merge.coefficient_at(step)
+            # Other owners train at once what they take over, in a model that is made anew.
+            and absences(self.decentral, done, round_.members)["dropped"] == done["dropped"]
         )
 
     def _items(self, round_: Round, roles: Roles) -> list[Item]:
@@ -222,7 +229,7 @@ class Sites:
         """Put what is staged in place."""
         run, is_stale = self.run, round_.site in roles.stale
         if round_.site in roles.takers:
-            self._take_experts(round_, roles, self._items(round_, roles), staged.experts)
+            self._take_experts(round_, roles, staged.experts)
             if is_stale:
                 run.optimizer.begin_again()
             weights = staged.shared
@@ -235,71 +242,68 @@ class Sites:
             run.optimizer.load_finished()
             restore_selection_biases(run.engine, staged.biases)
 
-    def _take_experts(
-        self, round_: Round, roles: Roles, items: list[Item], staged: Mapping[tuple[str, int], torch.Tensor]
-    ) -> None:
-        if self._comes_late(roles):
+    def _take_experts(self, round_: Round, roles: Roles, staged: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        items, group = self._items(round_, roles), self.run.mesh.groups.expt_dp
+        if self._comes_late(round_, roles):
             self.late = LateExperts(
                 round_.background(),
                 items,
                 roles.publisher,
-                carrier=self.run.mesh.groups.expt_dp.rank(),
+                carrier=group.rank(),
                 bucket_bytes=self.bucket_bytes,
                 arrival_step=self.state.step + self.decentral.expert_delay_steps,
             )
             return
-        senders = {item.owner: roles.publisher(item.owner) for item in items}
-        take_experts(
-            items,
-            staged,
-            lambda item: senders[item.owner] not in (None, round_.site),
-            group=self.run.mesh.groups.expt_dp,
-        )
+        take_experts(items, staged, roles.publisher, site=round_.site, group=group)
 
     def _take_late(self) -> None:
-        """Put experts in place that have come since the round. Without them, the copies stay as they were."""
+        """Put experts in place that have come since the round. Without them, the copies stay as they were.
+
+        Raises RuntimeError where they differ from what their owners sent.
+        """
         assert self.late
         late, self.late = self.late, None
         started = time.monotonic()
-        staged = late.arrived()
+        staged, checked = late.arrived(), {}
         if staged is not None:
-            site = late.round.site
-            take_experts(
-                late.items,
-                staged,
-                lambda item: late.publisher(item.owner) not in (None, site),
-                group=self.run.mesh.groups.expt_dp,
-            )
+            take_experts(late.items, staged, late.publisher, site=late.round.site, group=self.run.mesh.groups.expt_dp)
+            checked = compare(late.round, late.carried)
+        self.state.decentral = {**self.state.decentral, "late": False}
         self.run.event(
             "experts",
             self.state,
             taken=staged is not None,
             sent_bytes=late.round.sent_bytes,
             wait_seconds=round(time.monotonic() - started, 3),
+            **checked,
         )
 
-    def _move_to(self, source: Mapping[str, Any], *, with_optimizer: bool) -> None:
+    def _move_to(self, round_: Round, roles: Roles) -> None:
         """Take over the position of a site that is further."""
-        run, state, position = self.run, self.state, source["position"]
-        if with_optimizer:
+        run, state, source = self.run, self.state, round_.headers[roles.source]
+        position, is_stale = source["position"], round_.site in roles.stale
+        if is_stale:
             run.optimizer.load_state_dict(position["optimizer"])
         handovers = state.decentral["handovers"]
         state.step, state.samples = source["step"], position["samples"]
         state.tokens, state.flops = position["tokens"], position["flops"]
-        state.decentral = dict(position["decentral"])
+        # Its copies of experts are those it had, unless it has taken over the keeper's.
+        late = (roles.keeper if is_stale else round_.site) in roles.behind
+        state.decentral = {**position["decentral"], "late": late}
         run.batches = open_batches(run.config, run.mesh, run.train_data, consumed_samples=state.samples)
         if state.decentral["handovers"] != handovers:
             retrain(run, state)
 
     def _after_round(self, round_: Round, roles: Roles) -> dict[str, Any]:
-        """Count the round, check it, merge experts and hand over those of absent sites; returns what to note."""
+        """Count the round, merge experts, check all and hand over those of absent sites; returns what to note."""
         state = self.state
         figures: dict[str, Any] = {}
         if roles.averaging:
-            state.decentral = {**state.decentral, "round": state.decentral["round"] + 1, "round_step": state.step}
-            figures |= self._check(round_, roles)
+            done = {"round": state.decentral["round"] + 1, "round_step": state.step, "late": self.late is not None}
+            state.decentral = {**state.decentral, **done}
             if self.decentral.kind == "spes":
-                figures |= self._merge(round_)
+                figures |= self._merge(round_, roles)
+            figures |= self._check(round_, roles)
             self._count_absences(round_)
         elif state.decentral["round"] < 0:
             state.decentral = {**state.decentral, "round": 0, "round_step": state.step}
@@ -309,56 +313,51 @@ class Sites:
         """Compare hashes of what all sites have now. Raises RuntimeError where they differ."""
         run = self.run
         shared = [slot.master for slot in shared_slots(run.config, run.optimizer)]
-        experts = [] if self._comes_late(roles) else [item.tensor for item in self._items(round_, roles)]
-        biases = copy_selection_biases(run.engine).values()
-        try:
-            check_same(round_, digest([*shared, *experts, *biases]))
-        except RoundError as error:
-            # The round stands; who failed since then comes back through the next one.
-            return {"unchecked": str(error)}
-        return {}
+        experts = [] if self.late else [item.tensor for item in self._items(round_, roles)]
+        return compare(round_, [*shared, *experts, *copy_selection_biases(run.engine).values()])
 
     @torch.no_grad()
-    def _merge(self, round_: Round) -> dict[str, Any]:
+    def _merge(self, round_: Round, roles: Roles) -> dict[str, Any]:
         """Mix experts where that is due, as a transaction of its own; returns how alike they were before."""
         run, merge, step = self.run, self.decentral.merge, self.state.step
         model = run.config.model
         if not merge.coefficient_at(step):
             if self.late:
                 return {}
-            return _similarities(similarity(run.engine, model, bucket_bytes=self.bucket_bytes))
+            return noted(similarity(run.engine, model, bucket_bytes=self.bucket_bytes))
         own = [slot for slot in run.optimizer.slots if slot.shard.logical.is_expert]
         found = merged(run.engine, model, merge, step, slots=own, bucket_bytes=self.bucket_bytes)
         before = [slot.master.to("cpu", copy=True) for slot in own]
         for slot, new in zip(own, found.masters, strict=True):
             slot.master.copy_(new)
         run.optimizer.load_finished()
+
+        def publisher(owner: int) -> int | None:
+            return owner if owner in round_.members else None
+
         # Only owners compute, and publish again: the same everywhere, whatever machines the sites have.
-        everyone = roles_of({site: {"round": 0, "step": 0, "due": True} for site in round_.members})
-        items, carrier = self._items(round_, everyone), run.mesh.groups.expt_dp.rank()
+        items, group = self._items(round_, roles), run.mesh.groups.expt_dp
         try:
-            staged = stage_experts(round_, items, everyone.publisher, carrier=carrier, bucket_bytes=self.bucket_bytes)
+            staged = stage_experts(round_, items, publisher, carrier=group.rank(), bucket_bytes=self.bucket_bytes)
         except RoundError:
             staged = None
         is_merged = round_.commit(staged is not None)
         if is_merged:
             assert staged is not None
-            self._take_experts(round_, everyone, items, staged)
+            take_experts(items, staged, publisher, site=round_.site, group=group)
         else:
             for slot, old in zip(own, before, strict=True):
                 slot.master.copy_(old)
             run.optimizer.load_finished()
-        return {"merged": is_merged, **_similarities(found.similarity)}
+        return {"merged": is_merged, **noted(found.similarity)}
 
     def _count_absences(self, round_: Round) -> None:
         """Note who was not there; hand over the experts of those who have been away too long, or are back."""
-        done, limit = self.state.decentral, self.decentral.reown_after_rounds
-        absent = [site for site in range(self.decentral.sites) if site not in round_.members]
-        missed = {str(site): done["missed"].get(str(site), 0) + 1 for site in absent}
-        dropped = [site for site in absent if limit and missed[str(site)] >= limit]
-        self.state.decentral = {**done, "missed": missed}
-        if dropped != done["dropped"]:
-            self._hand_over(dropped)
+        done = self.state.decentral
+        found = absences(self.decentral, done, round_.members)
+        self.state.decentral = {**done, "missed": found["missed"]}
+        if found["dropped"] != done["dropped"]:
+            self._hand_over(found["dropped"])
 
     def _hand_over(self, dropped: list[int]) -> None:
         """Give experts the owners that follow from who is away."""
@@ -383,13 +382,9 @@ class Sites:
             "absent": absent,
             "losses": {str(site): header["loss"] for site, header in round_.headers.items()},
             "sent_bytes": round_.sent_bytes,
-            **{name: sorted(sites) for name in ("stale", "moved") if (sites := getattr(roles, name))},
+            **{name: sorted(sites) for name in ("stale", "moved", "behind") if (sites := getattr(roles, name))},
             **figures,
         }
         self.run.event("sync" if roles.averaging else "joined", state, **fields)
         if self.run.recorder and absent:
             print(f"round {fields['round']} without site {', '.join(map(str, absent))}", flush=True)
-
-
-def _similarities(found: Mapping[int, Similarity]) -> dict[str, Any]:
-    return {"similarity": {str(layer): asdict(figures) for layer, figures in found.items()}} if found else {}

@@ -46,7 +46,8 @@ class DecentralConfig(Section):
     """Optimizer steps between rounds."""
     outer: Literal["auto", "average", "nesterov"] = "auto"
     """What a round makes of the shared parameters: their mean over the members, or a step with Nesterov momentum from
-    where the round before left them towards that mean; auto: nesterov for diloco, average for spes."""
+    where the round before left them towards that mean; auto: nesterov for diloco, average for spes. A run may change to
+    nesterov from checkpoints of a round."""
     outer_lr: PositiveFloat = 0.7
     """nesterov: step size."""
     outer_momentum: Beta = 0.9

@@ -78,17 +78,17 @@ def stage_experts(
 def take_experts(
     items: Sequence[Item],
     staged: Mapping[tuple[str, int], torch.Tensor],
-    received: Callable[[Item], bool],
+    publisher: Callable[[int], int | None],
     *,
+    site: int,
     group: ProcessGroup,
 ) -> None:
     """Put staged experts in place and hand them to the other copies inside the site. Collective over `group`.
 
-    received: whether an item came from another site: the same answer on all ranks of `group`, the
-    expert-data-parallel one.
+    publisher: as for `stage_experts`. site: this one. group: the expert-data-parallel one.
     """
     for item in items:
         if (item.key, item.expert) in staged:
             item.tensor.copy_(staged[item.key, item.expert])
-    taken = [item for item in items if received(item)]
+    taken = [item for item in items if publisher(item.owner) not in (None, site)]
     spread([item.tensor for item in taken], [item.carrier for item in taken], group)

@@ -31,10 +31,10 @@ class LateExperts:
     ) -> None:
         """Begins at once. `round_`: a background one, for this exchange alone; the rest as for `stage_experts`."""
         self.round = round_
-        self.items, self.publisher = items, publisher
+        self.items, self.publisher, self.carrier = items, publisher, carrier
         self.arrival_step = arrival_step
         """The step after which they are put in place."""
-        self.published = [
+        self._published = [
             replace(item, tensor=item.tensor.to("cpu", copy=True))
             if item.carrier == carrier and publisher(item.owner) == round_.site
             else item
@@ -42,13 +42,21 @@ class LateExperts:
         ]
         self._staged: dict[tuple[str, int], torch.Tensor] | None = None
         self._error: Exception | None = None
-        self._thread = Thread(target=self._exchange, args=(carrier, bucket_bytes), name="experts", daemon=True)
+        self._thread = Thread(target=self._exchange, args=(bucket_bytes,), name="experts", daemon=True)
         self._thread.start()
 
-    def _exchange(self, carrier: int, bucket_bytes: int) -> None:
+    @property
+    def carried(self) -> list[torch.Tensor]:
+        """What this rank sends, as it was when the round opened, and its copies of what it receives.
+
+        The same at all members once they are in place; who trains them has gone on from there.
+        """
+        return [item.tensor for item in self._published if item.carrier == self.carrier]
+
+    def _exchange(self, bucket_bytes: int) -> None:
         try:
             self._staged = stage_experts(
-                self.round, self.published, self.publisher, carrier=carrier, bucket_bytes=bucket_bytes
+                self.round, self._published, self.publisher, carrier=self.carrier, bucket_bytes=bucket_bytes
             )
         except Exception as error:
             self._error = error

@@ -13,8 +13,9 @@ Letters: E experts of a layer, K neighbours, n columns (entries of an expert's m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,11 @@ def neighbours(cosine: torch.Tensor, count: int) -> torch.Tensor:
 def similarity(engine: Engine, model: ModelConfig, *, bucket_bytes: int) -> dict[int, Similarity]:
     """How alike the experts are now: MoE layer -> figures. Collective; the same on every rank."""
     return _figures(engine, model, {layer.number: layer.cosines(bucket_bytes) for layer in _layers(engine, model)})
+
+
+def noted(found: Mapping[int, Similarity]) -> dict[str, Any]:
+    """Figures of the layers as a field of an event; no field where there are none."""
+    return {"similarity": {str(layer): asdict(figures) for layer, figures in found.items()}} if found else {}
 
 
 @torch.no_grad()

@@ -54,6 +54,14 @@ def rewarms_of_handovers(config: DecentralConfig, handovers: Sequence[Mapping[st
     ]
 
 
+def absences(config: DecentralConfig, done: Mapping[str, Any], members: Collection[int]) -> dict[str, Any]:
+    """`missed` and `dropped` of `TrainState.decentral` after a round of these members. done: before it."""
+    absent = [site for site in range(config.sites) if site not in members]
+    missed = {str(site): done["missed"].get(str(site), 0) + 1 for site in absent}
+    limit = config.reown_after_rounds
+    return {"missed": missed, "dropped": [site for site in absent if limit and missed[str(site)] >= limit]}
+
+
 @dataclass
 class Held:
     """A model as it was, without its gradients. Emptied when another one is filled from it."""

@@ -19,8 +19,8 @@ LOCAL_SECTIONS = ("data.", "metrics.", "checkpoint.", "eval.")
 
 Header = Mapping[str, Any]
 """What a site says of itself, JSON: among it `round` (synchronisations its weights have been through; -1: it has not
-met the other sites yet), `step`, `due` (whether a synchronisation comes after this step), and `config` (key -> value of
-what all sites must have in common)."""
+met the other sites yet), `step`, `due` (whether a synchronisation comes after this step), `late` (whether experts of
+its last synchronisation have yet to come), and `config` (key -> value of what all sites must have in common)."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,19 @@ class Roles:
     """Sites that missed a synchronisation, or begin: they take over all weights, and their moments are void."""
     moved: frozenset[int]
     """Sites that take over the position, as they were at an earlier step than the givers."""
+    behind: frozenset[int]
+    """Those of `fresh` whose copies of others' experts are of the synchronisation before: they were restarted before
+    the late ones had come."""
 
     @property
     def source(self) -> int:
         """The site that stands for all givers where they have the same."""
         return self.givers[0]
+
+    @property
+    def keeper(self) -> int:
+        """The site that sends experts which their owners do not: the source, if one with newer copies is not there."""
+        return self.source if self.source not in self.behind else min(self.fresh - self.behind, default=self.source)
 
     @property
     def moves_anything(self) -> bool:
@@ -54,7 +62,7 @@ class Roles:
         """Who sends the experts of a site; None: nobody, as all have them as they last were."""
         if self.averaging and owner in self.fresh:
             return owner
-        return self.source if self.stale else None
+        return self.keeper if self.stale or self.behind else None
 
 
 def roles_of(headers: Mapping[int, Header]) -> Roles:
@@ -71,6 +79,7 @@ def roles_of(headers: Mapping[int, Header]) -> Roles:
     if furthest[0] < 0:
         fresh = frozenset(at_front[:1])
     stale = frozenset(headers) - fresh
+    late = frozenset(site for site, header in headers.items() if header["late"])
     return Roles(
         averaging=averaging,
         givers=tuple(at_front if averaging else at_front[:1]),
@@ -78,6 +87,7 @@ def roles_of(headers: Mapping[int, Header]) -> Roles:
         takers=frozenset(headers) if averaging else stale,
         stale=stale,
         moved=frozenset(headers) - frozenset(at_front),
+        behind=fresh & late,
     )
 
 

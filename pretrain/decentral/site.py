@@ -87,7 +87,7 @@ class SiteTransport:
         if self._meetings:
             self._meetings.close()
         for ranks in (self._ranks, self._background_ranks):
-            if ranks and ranks.group:
+            if ranks and ranks.size > 1:
                 dist.destroy_process_group(ranks.group)
 
     def _end_round(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pretrain.restore import restore_or_build
 from pretrain.run import Run, TrainState
 from pretrain.train import started, train_step
 from tests.helpers.runs import tiny_config
-from tests.helpers.sites import ScriptedTransport, at_site, run_sites
+from tests.helpers.sites import ScriptedTransport, Site, at_site, run_sites
 
 Place = tuple[str, int | None, tuple[int, ...]]
 """Key, expert (None: no expert's), offset along the other axes."""
@@ -83,6 +84,26 @@ def meetings(config: Config, folder: Path, ranks: int = 1, **keywords: Any) -> l
     return run_sites(record, ranks, [(of_one, folder, keywords) for of_one in at_sites])
 
 
+def lives(config: Config, folder: Path, *of_sites: list[dict[str, Any]]) -> list[dict[int, Meeting]]:
+    """Train at all sites, each started as often as it has keywords for `recorded`: [site][step], of its last life."""
+    folder.mkdir()
+    with ExitStack() as stack:
+
+        def start(site: int, life: int) -> Site:
+            begun = Site(record, 1, at_site(config, site), folder, of_sites[site][life])
+            stack.callback(begun.close)
+            return begun
+
+        begun = [start(site, 0) for site in range(len(of_sites))]
+        for life in range(1, max(map(len, of_sites))):
+            again = [site for site, keywords in enumerate(of_sites) if life < len(keywords)]
+            for site in again:
+                begun[site].results()
+            for site in again:
+                begun[site] = start(site, life)
+        return [{meeting.after.step: meeting for meeting in site.results()[0]} for site in begun]
+
+
 def record(config: Config, folder: Path, keywords: dict[str, Any]) -> list[Meeting]:
     """`recorded`, to be called by position."""
     return recorded(config, folder, **keywords)
@@ -97,13 +118,13 @@ def recorded(
     steps: int | None = None,
     prepare: Callable[[], None] | None = None,
     spoil: Callable[[Run], None] | None = None,
-    save: bool = False,
+    save: int = 0,
 ) -> list[Meeting]:
     """Train at a site over a scripted transport to the end, or `steps`; returns every meeting, the first at the start.
 
     Where experts arrive late, that counts as one; so does the last step of a run of one place. `members`, `first`: see
     `ScriptedTransport`. `prepare`: called first, in the process. `spoil`: changes the run before it meets anyone.
-    `save`: write a checkpoint in the end.
+    `save`: the step after which to write a checkpoint.
     """
     if prepare:
         prepare()
@@ -135,8 +156,8 @@ def recorded(
                 changed = differing(before.weights, snapshot(run, state).weights)
                 if has_met or changed or state.step == config.total_steps:
                     note(before)
-            if save:
-                run.save(state)
+                if state.step == save:
+                    run.save(state)
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 from pretrain.config.ownership import owned_experts, owner_of
 from pretrain.config.schema import Config
-from tests.decentral.recording import Meeting, Snapshot, differing, record, sites_config
+from tests.decentral.recording import Meeting, Snapshot, differing, lives, record, sites_config
 from tests.helpers.runs import events, make_corpus, rows
 from tests.helpers.sites import Site, at_site
 
@@ -102,8 +102,9 @@ def test_without_a_site_the_others_go_on_and_it_takes_over_what_it_missed(
     assert [event.get("stale") for event in syncs] == [None, None, [AWAY], None]
 
 
-def test_experts_of_an_absent_site_change_hands_and_come_back(corpus: Path, tmp_path: Path) -> None:
-    decentral = {"reown_after_rounds": 1, "reown_rewarm_steps": 2}
+@pytest.mark.parametrize("delay", [0, 1])
+def test_experts_of_an_absent_site_change_hands_and_come_back(corpus: Path, tmp_path: Path, delay: int) -> None:
+    decentral = {"reown_after_rounds": 1, "reown_rewarm_steps": 2, "expert_delay_steps": delay}
     config = sites_config(
         corpus,
         tmp_path,
@@ -114,6 +115,9 @@ def test_experts_of_an_absent_site_change_hands_and_come_back(corpus: Path, tmp_
         run={"precision": "bf16"},
     )
     (zero,), (one,), (two,) = with_absence(config, tmp_path / "meet", 1)
+    # What others take over comes at once, whatever may be late otherwise.
+    assert differing(zero[4].after.weights, two[4].after.weights) == []
+    assert [event["step"] for event in events(tmp_path / "site_0", "experts")] == ([3] if delay else [])
     for site, found in ((0, zero), (2, two)):
         before, after = found[4].before, found[4].after
         trained = {place[1] for place in after.masters if place[1] is not None}
@@ -162,7 +166,7 @@ def test_a_site_back_from_the_last_round_keeps_its_state_and_gives_nothing(corpu
 
         other = start(0)
         # It has done the round after step 4 and ends; what it holds then is in its checkpoint.
-        (lost,) = start(1, steps=4, save=True).results()
+        (lost,) = start(1, steps=4, save=4).results()
         (back,) = start(1, first=6).results()
         (stayed,) = other.results()
     zero, one = ({meeting.after.step: meeting for meeting in found} for found in (stayed, back))
@@ -175,3 +179,25 @@ def test_a_site_back_from_the_last_round_keeps_its_state_and_gives_nothing(corpu
     assert differing(now.weights, zero[6].after.weights) == []
     assert one[8].decentral["round"] == zero[8].decentral["round"] == 4
     assert differing(one[8].after.weights, zero[8].after.weights) == []
+
+
+def test_a_merge_with_a_site_that_knows_older_owners(corpus: Path, tmp_path: Path) -> None:
+    """Site 0 is back; it knows nothing of that site 1 trains all experts, as site 2 has left, too."""
+    merge = {"coefficient": 0.3, "every_steps": 6, "until_step": 100, "neighbours": 1}
+    config = sites_config(
+        corpus,
+        tmp_path,
+        sites=3,
+        budget={"steps": 8},
+        model={"num_experts": 6},
+        decentral={"reown_after_rounds": 1, "merge": merge},
+    )
+    members = {"members": {4: (1,), 6: (0, 1)}}
+    of_sites = [[{"steps": 3}, {"first": 6, "steps": 6}], [{"steps": 6}], [{"steps": 3}]]
+    of_zero, of_one, _ = lives(config, tmp_path / "meet", *([life | members for life in site] for site in of_sites))
+    zero, one = of_zero[6], of_one[6]
+    (event,) = [event for event in events(tmp_path / "site_1", "sync") if "merged" in event]
+    assert event["merged"]
+    assert differing(zero.after.weights, one.after.weights) == []
+    for place, weight in zero.after.weights.items():
+        assert place[1] is None or not torch.equal(weight, one.before.weights[place]), "every expert has moved"

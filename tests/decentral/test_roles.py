@@ -13,8 +13,8 @@ from tests.decentral.recording import sites_config
 from tests.helpers.sites import at_site
 
 
-def header(round_: int, step: int, *, due: bool = False) -> dict[str, Any]:
-    return {"round": round_, "step": step, "due": due, "config": {"optim.lr": 1e-3}}
+def header(round_: int, step: int, *, due: bool = False, late: bool = False) -> dict[str, Any]:
+    return {"round": round_, "step": step, "due": due, "late": late, "config": {"optim.lr": 1e-3}}
 
 
 def test_all_begin_with_the_weights_of_the_first() -> None:
@@ -76,6 +76,24 @@ def test_all_restarted_with_one_behind_by_a_round() -> None:
     assert roles.givers == (1,), "weights differ between synchronisations: they come from one site"
     assert roles.stale == roles.takers == {0}
     assert [roles.publisher(owner) for owner in range(3)] == [1, 1, 1]
+
+
+def test_a_site_whose_late_experts_never_came_gets_them_from_one_that_has_them() -> None:
+    roles = roles_of({0: header(4, 400, late=True), 1: header(4, 500, due=True), 2: header(3, 300, late=True)})
+    assert roles.stale == {2}
+    assert roles.behind == {0}, "whoever takes over all weights has no need of them"
+    # Also when it is the first of those who give.
+    roles = roles_of({site: header(4, 500, due=True, late=site == 0) for site in (0, 1)})
+    assert roles.source == 0
+    assert [roles.publisher(owner) for owner in range(3)] == [0, 1, 1]
+    # Where nobody has them, all have the same.
+    roles = roles_of({site: header(4, 500, due=True, late=True) for site in (1, 2)})
+    assert [roles.publisher(owner) for owner in range(3)] == [1, 1, 2]
+    # Between rounds experts go to those that take over all, from one that has the newest.
+    roles = roles_of({0: header(4, 480, late=True), 1: header(4, 470), 2: header(3, 390)})
+    assert roles.source == 0
+    assert [roles.publisher(owner) for owner in range(3)] == [1, 1, 1]
+    assert not roles_of({0: header(4, 480, late=True), 1: header(4, 470)}).moves_anything
 
 
 def test_sites_have_all_in_common_but_what_belongs_to_a_place(tmp_path: Path) -> None:

@@ -128,6 +128,18 @@ def test_a_diloco_round_steps_with_nesterov_momentum(corpus: Path, tmp_path: Pat
         assert float((mean - anchor.detach()).abs().max()) > 1e-4
 
 
+def test_an_outer_optimizer_begins_where_all_sites_have_the_same_weights(corpus: Path, tmp_path: Path) -> None:
+    average = sites_config(corpus, tmp_path, sites=1, decentral={"kind": "diloco", "outer": "average"})
+    nesterov = sites_config(corpus, tmp_path, sites=1, decentral={"kind": "diloco"}, budget={"steps": 6})
+    # Every second step ends with a round.
+    meetings(average, tmp_path / "first", save=3, steps=3)
+    with pytest.raises(AssertionError, match=r'decentral\.outer = "auto": .*step_00000003 was written between rounds'):
+        meetings(nesterov, tmp_path / "refused")
+    meetings(average, tmp_path / "second", save=4)
+    ((resumed,),) = meetings(nesterov, tmp_path / "third")
+    assert [meeting.before.step for meeting in resumed] == [4, 6]
+
+
 @pytest.mark.parametrize("kind", ["spes", "diloco"])
 def test_one_site_is_a_plain_run(corpus: Path, tmp_path: Path, kind: str) -> None:
     decentral = {"kind": kind, "outer": "average"}
@@ -141,22 +153,23 @@ def test_one_site_is_a_plain_run(corpus: Path, tmp_path: Path, kind: str) -> Non
     assert differing(alone[0].after.masters, last.masters)
 
 
-def test_late_experts_arrive_at_all_sites_after_the_same_step(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_late_experts_arrive_at_all_sites_after_the_same_step(corpus: Path, tmp_path: Path, ranks: int) -> None:
     decentral = {"sync_every_steps": 3, "expert_delay_steps": 2}
     config = sites_config(corpus, tmp_path, decentral=decentral, budget={"steps": 6})
-    (first,), (second,) = meetings(config, tmp_path / "meet")
-    by_step: list[dict[int, Meeting]] = [{found.after.step: found for found in site} for site in (first, second)]
-    assert sorted(by_step[0]) == [0, 3, 5, 6]
-    for site in range(2):
-        others = by_step[1 - site]
-        for place, arrived in by_step[site][5].after.weights.items():
-            if place[1] is not None and owner_of(place[1], 2) != site:
-                sent = others[3].before.weights[place]
-                assert torch.equal(arrived, sent), "as they were when the round opened"
-                assert torch.equal(by_step[site][3].after.weights[place], by_step[site][0].after.weights[place])
-                assert not torch.equal(arrived, others[5].after.weights[place]), "their owner has trained on"
-    # The last round does not wait: nothing would come after it.
-    assert merge_problems([site[6].before for site in by_step], [site[6].after for site in by_step]) == []
+    for of_rank in zip(*meetings(config, tmp_path / "meet", ranks), strict=True):
+        by_step: list[dict[int, Meeting]] = [{found.after.step: found for found in site} for site in of_rank]
+        assert sorted(by_step[0]) == [0, 3, 5, 6]
+        for site in range(2):
+            others = by_step[1 - site]
+            for place, arrived in by_step[site][5].after.weights.items():
+                if place[1] is not None and owner_of(place[1], 2) != site:
+                    sent = others[3].before.weights[place]
+                    assert torch.equal(arrived, sent), "as they were when the round opened"
+                    assert torch.equal(by_step[site][3].after.weights[place], by_step[site][0].after.weights[place])
+                    assert not torch.equal(arrived, others[5].after.weights[place]), "their owner has trained on"
+        # The last round does not wait: nothing would come after it.
+        assert merge_problems([site[6].before for site in by_step], [site[6].after for site in by_step]) == []
 
 
 SHORT = {"budget": {"steps": 2}, "schedule": {"warmup_steps": 1}}

@@ -66,9 +66,10 @@ def everything(config: Config, site: int, step: int) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["spes", "diloco"])
-def test_resume_between_rounds_is_as_if_never_stopped(corpus: Path, tmp_path: Path, kind: str) -> None:
-    keys = {"kind": kind, "sync_every_steps": 3, "transport": "fixed", "coordinator": f"127.0.0.1:{free_port()}"}
+@pytest.mark.parametrize(("kind", "delay"), [("spes", 0), ("spes", 1), ("diloco", 0)])
+def test_resume_between_rounds_is_as_if_never_stopped(corpus: Path, tmp_path: Path, kind: str, delay: int) -> None:
+    keys = {"kind": kind, "sync_every_steps": 3, "expert_delay_steps": delay}
+    keys |= {"transport": "fixed", "coordinator": f"127.0.0.1:{free_port()}"}
     steps = {"budget": {"steps": 8}, "checkpoint": {"every_steps": 2, "keep": 10}, "run": {"precision": "bf16"}}
     whole = sites_config(corpus, tmp_path / "whole", decentral=keys, **steps)
     assert run_sites(_train, 1, [(at_site(whole, site),) for site in range(2)]) == [[0], [0]]
