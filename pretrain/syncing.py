@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pretrain.config.ownership import owner_of
+from pretrain.config.schema import Config
 from pretrain.decentral.checking import compare
 from pretrain.decentral.experts import Item, expert_items, stage_experts, take_experts
 from pretrain.decentral.late import LateExperts
@@ -75,6 +76,14 @@ def meeting(run: Run, state: TrainState, stopping: Callable[[], bool]) -> Iterat
         transport.close()
 
 
+def round_is_due(config: Config, state: TrainState) -> bool:
+    """Whether a synchronisation comes after the steps that are done."""
+    if config.decentral is None:
+        return False
+    at_boundary = state.step % config.decentral.sync_every_steps == 0 or state.step == config.total_steps
+    return at_boundary and 0 < state.step != state.decentral["round_step"]
+
+
 class Sites:
     """This site among the others. All methods are collective over the ranks of the site."""
 
@@ -103,10 +112,8 @@ class Sites:
 
     @property
     def is_due(self) -> bool:
-        """Whether a synchronisation comes after the steps that are done."""
-        step = self.state.step
-        at_boundary = step % self.decentral.sync_every_steps == 0 or step == self.run.config.total_steps
-        return at_boundary and 0 < step != self.state.decentral["round_step"]
+        """See `round_is_due`."""
+        return round_is_due(self.run.config, self.state)
 
     def _meet(self) -> None:
         """A round, begun again while members fail. Nothing happens when this site is asked to stop."""

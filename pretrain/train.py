@@ -30,7 +30,7 @@ from pretrain.platform import distributed
 from pretrain.restore import restore_or_build
 from pretrain.run import Run, TrainState
 from pretrain.signals import DONE, REQUEUE, graceful_stop
-from pretrain.syncing import meeting
+from pretrain.syncing import meeting, round_is_due
 
 
 def train(config: Config) -> int:
@@ -43,28 +43,33 @@ def train(config: Config) -> int:
         started(config) as meshes,
         graceful_stop() as stop,
         restore_or_build(config, meshes, clock) as (run, state),
-        meeting(run, state, lambda: stop.signal is not None) as after_step,
     ):
-        clock.begin_steps()
-        saved = state.step
-        while state.step < config.total_steps and not stop.agree(run.mesh.device):
-            if point := growth_due(run, state):
-                if saved != state.step:
-                    save(run, state)
-                run.checkpoints.wait()
-                grow(run, point, state)
-                saved = state.step
-            after_step(train_step(run, state))
-            if is_due(config.eval.every_steps, state, config):
-                log_evaluation(run, state)
-            if is_due(config.checkpoint.every_steps, state, config):
-                saved = save(run, state)
-        if saved != state.step or state.step == 0:
-            save(run, state)
-        code = DONE if state.step >= config.total_steps else REQUEUE
-        run.event("finished" if code == DONE else "stopped", state, signal=stop.signal)
-        run.event("goodput", state, **clock.goodput())
-        return code
+        saved = moment(state)  # before sites meet, which may bring a round that is in no checkpoint, or later steps
+        with meeting(run, state, lambda: stop.signal is not None) as after_step:
+            clock.begin_steps()
+            while state.step < config.total_steps and not stop.agree(run.mesh.device):
+                if point := growth_due(run, state):
+                    if saved != moment(state):
+                        save(run, state)
+                    run.checkpoints.wait()
+                    grow(run, point, state)
+                    saved = moment(state)
+                after_step(train_step(run, state))
+                if is_due(config.eval.every_steps, state, config):
+                    log_evaluation(run, state)
+                if is_due(config.checkpoint.every_steps, state, config):
+                    saved = save(run, state)
+            if saved != moment(state) or state.step == 0:
+                save(run, state)
+            is_finished = state.step >= config.total_steps and not round_is_due(config, state)
+            run.event("finished" if is_finished else "stopped", state, signal=stop.signal)
+            run.event("goodput", state, **clock.goodput())
+            return DONE if is_finished else REQUEUE
+
+
+def moment(state: TrainState) -> tuple[int, int | None]:
+    """What tells two checkpoints of a run apart: the step, and the step of the last round with other sites."""
+    return state.step, state.decentral.get("round_step")
 
 
 @contextmanager
@@ -203,9 +208,9 @@ def log_evaluation(run: Run, state: TrainState) -> None:
         )
 
 
-def save(run: Run, state: TrainState) -> int:
-    """Write a checkpoint of this step; returns the step."""
+def save(run: Run, state: TrainState) -> tuple[int, int | None]:
+    """Write a checkpoint; returns its moment."""
     with run.clock.phase("save"):
         run.save(state)
     run.report_durable(state)
-    return state.step
+    return moment(state)

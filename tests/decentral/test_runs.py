@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from pretrain.checkpoint import read_state
 from pretrain.config.decentral import DecentralConfig
 from pretrain.config.schema import Config
 from pretrain.decentral.coordinator import coordinate
+from pretrain.decentral.transport import Round, StopWaitingError
+from pretrain.signals import DONE, REQUEUE
 from tests.decentral.recording import sites_config
 from tests.decentral.sites import hurry
 from tests.helpers.forks import forks
@@ -98,6 +101,34 @@ def wait_for(site: Site, directory: Path, step: int, **fields: Any) -> None:
             break
         time.sleep(0.1)
     raise AssertionError(f"no round after step {step} with {fields}; {site.has_ended and site.results()}")
+
+
+def _train_without_last_round(config: Config) -> int:
+    """As if the site were asked to stop while it waits for the others after the last step."""
+    from pretrain.syncing import Sites
+    from pretrain.train import train
+
+    meet = Sites._open
+
+    def stops(sites: Sites) -> Round:
+        if sites.state.step == config.total_steps:
+            raise StopWaitingError
+        return meet(sites)
+
+    Sites._open = stops  # type: ignore[method-assign]
+    return train(config)
+
+
+def test_the_last_round_is_made_up_for_and_saved(corpus: Path, tmp_path: Path) -> None:
+    keys = {"transport": "fixed", "coordinator": f"127.0.0.1:{free_port()}"}
+    config = at_site(sites_config(corpus, tmp_path, sites=1, decentral=keys), 0)
+    last = checkpoint(config, 0, config.total_steps)
+    # It is not done: whoever starts it again, does so.
+    assert run_sites(_train_without_last_round, 1, [(config,)]) == [[REQUEUE]]
+    assert read_state(last)["decentral"]["round_step"] == 2
+    assert run_sites(_train, 1, [(config,)]) == [[DONE]]
+    assert read_state(last)["decentral"]["round_step"] == config.total_steps == 4
+    assert run_sites(_train, 1, [(config,)]) == [[DONE]]
 
 
 @pytest.mark.slow
