@@ -353,6 +353,29 @@ def test_hyperball_keeps_the_norm_of_every_matrix_for_a_thousand_steps(kind, inn
     assert torch.stack([m.norm() for m in first[:4]]).std() > 1e-3, "a norm shared by experts would show"
 
 
+@HYPERBALL
+def test_hyperball_takes_the_norm_of_new_experts_beside_old_ones(kind, inner):
+    """As after a handover of experts: those that are new to this rank come without state."""
+    tensor = next(t for t in logical_tensors(MOE) if t.key.endswith("experts.linear_fc2.weight"))
+    (shard,) = whole_shards([tensor])
+    optimizer = ShardedOptimizer([shard], config_of(kind, hyperball={"lr": 0.02}), make_groups(Layout()))
+    generator = torch.Generator().manual_seed(1)
+    norms = [shard.view().detach().flatten(1).norm(dim=1)]
+    for step in range(2):
+        if step:
+            (radius,) = [slot.state["radius"] for slot in optimizer.slots]
+            radius.view(-1)[1] = 0
+            shard.view(shard.tensor.data)[1] *= 2
+            shard.view(optimizer.slots[0].master)[1].copy_(shard.view()[1])
+        shard.tensor.grad = torch.randn(shard.shape, generator=generator)
+        optimizer.step(1.0)
+        norms.append(shard.view().detach().flatten(1).norm(dim=1))
+    expected = norms[0].clone()
+    assert torch.allclose(norms[1], expected, rtol=1e-5)
+    expected[1] *= 2
+    assert torch.allclose(norms[2], expected, rtol=1e-5)
+
+
 def test_hyperball_entries_have_the_rate_of_their_age():
     """Each entry's step has its own rate; the norm that is restored is that of the whole matrix."""
     half = np.repeat([0, 1], SHAPES[0][0] // 2)

@@ -72,7 +72,7 @@ def test_decay_is_all_a_zero_gradient_does(kind):
 
 
 # What an expert without tokens does along what is left of its momentum: nothing, or what the rule makes of it.
-STILL = ("muon", "scion", "muonh", "cautious")
+STILL = ("muon", "scion", "muonh", "adamh", "cautious")
 
 
 @pytest.mark.parametrize("kind", KINDS)
