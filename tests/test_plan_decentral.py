@@ -215,6 +215,7 @@ def test_rounds_and_merges():
     merging = {"coefficient": 0.1, "every_steps": 200, "until_step": 800}
     plan = make_plan(spes({**changes, "decentral.merge": merging})).decentral
     assert (plan.rounds, plan.merges, plan.quorum) == (10, 3, 3)
+    assert make_plan(spes({**changes, "budget.steps": 1001})).decentral.rounds == 11, "one comes after the last step"
     assert make_plan(spes({**changes, "decentral.merge": {**merging, "until_step": 5000}})).decentral.merges == 5
     assert make_plan(spes(changes)).decentral.merges == 0
 

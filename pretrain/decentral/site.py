@@ -217,5 +217,6 @@ def _own_group(ranks: Ranks, config: DecentralConfig) -> Ranks:
     if ranks.size == 1:
         return ranks
     members = dist.get_process_group_ranks(ranks.group)
-    timeout = timedelta(seconds=2 * config.wait_seconds)
+    # One may be in a vote, or in the building of two outer groups, of three timeouts each.
+    timeout = timedelta(seconds=2 * config.wait_seconds + 7 * config.timeout_seconds)
     return Ranks(dist.new_group(members, backend="gloo", timeout=timeout))

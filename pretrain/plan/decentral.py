@@ -10,6 +10,7 @@ times those of each member's. Under "diloco" all T are averaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,6 +108,7 @@ class DecentralPlan:
     outer: str
     sync_every_steps: int
     rounds: int
+    """The last one comes after the last step."""
     merges: int
     trained_experts: int
     """Of each layer, at one site."""
@@ -162,7 +164,7 @@ def plan_decentral(config: Config, layout: Layout) -> DecentralPlan | None:
         quorum=decentral.quorum,
         outer=decentral.outer_rule,
         sync_every_steps=decentral.sync_every_steps,
-        rounds=config.total_steps // decentral.sync_every_steps,
+        rounds=math.ceil(config.total_steps / decentral.sync_every_steps),
         merges=merges,
         trained_experts=config.model.num_experts if trained is None else len(trained),
         site_flops=_site_flops(config),
