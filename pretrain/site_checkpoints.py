@@ -182,10 +182,14 @@ def _met(paths: Mapping[int, Path]) -> list[_Site] | str:
     }
     if not sites:
         return "damaged"
-    if any(site.state.decentral.get("round_step") != site.state.step for site in sites.values()):
+    met = {number for number, site in sites.items() if site.state.decentral.get("round_step") == site.state.step}
+    if not met:
         return "no synchronisation"
-    first = next(iter(sites.values()))
+    first = sites[min(met)]
     needed = [number for number in range(first.config.sites) if number not in first.state.decentral["dropped"]]
+    # One that was dropped may have saved something of its own at this step.
+    if not met.issuperset(sites.keys() & set(needed)):
+        return "no synchronisation"
     for number in needed:
         # Last, as it reads everything.
         if number not in sites or verify_checkpoint(sites[number].path):

@@ -266,8 +266,15 @@ def test_experts_of_a_site_that_was_dropped_come_from_who_has_them(runs: Runs, t
     state["decentral"] |= {"dropped": [1]}
     (path / "state.json").write_text(json.dumps(state))
     register(path, "state.json")
-    shutil.rmtree(tmp_path / "split" / "site_1")
+    # It trained on for a while, and saved at the same step.
+    stray = site_checkpoint(tmp_path / "split", 1, SPLIT_AT)
+    state = read_state(stray)
+    state["decentral"] |= {"round_step": SPLIT_AT - 1}
+    (stray / "state.json").write_text(json.dumps(state))
+    register(stray, "state.json")
     assert tensor_bytes(join_sites(tmp_path / "split", tmp_path / "joined")) == tensor_bytes(source)
+    shutil.rmtree(tmp_path / "split" / "site_1")
+    assert tensor_bytes(join_sites(tmp_path / "split", tmp_path / "again")) == tensor_bytes(source)
 
 
 def test_what_cannot_be_split_is_refused(runs: Runs, tmp_path: Path) -> None:
